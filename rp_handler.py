@@ -10,6 +10,7 @@ What a job's `input` may be:
     {"type": "chat", "message": "…"}                       # "chat" may be left out
     {"type": "chat", "messages": [{"role": "user", "content": "…"}], "model": "…", "system": "…",
      "options": {…}, "format": "json" | {schema}, "tools": […], "think": false, "stream": false}
+    {"type": "vapi_webhook", "webhook_data": {"message": {"type": "tool-calls", …}}}  # VAPI's own body
     {"type": "vapi_webhook", "webhook_data": {"message": "…", "call_id": "…"}}
     {"openai_route": "/v1/chat/completions", "openai_input": {…}}    # RunPod's OpenAI route
 The answer is one JSON object, or frames as they come where the job asks for a stream.
@@ -97,6 +98,10 @@ STARTUP_TIMEOUT = setting("STARTUP_TIMEOUT", "300", above_zero(float), "seconds 
 STREAMING = setting(
     "STREAMING", "true", lambda text: {"true": True, "false": False}[text.lower()], "true or false"
 )
+VAPI_ASSISTANT_ID = os.environ.get("VAPI_ASSISTANT_ID", "")
+VAPI_FIRST_MESSAGE = os.environ.get("VAPI_FIRST_MESSAGE", "Hello! How can I help you?")
+VAPI_TRANSFER_NUMBER = os.environ.get("VAPI_TRANSFER_NUMBER", "")
+RUNPOD_ENDPOINT_ID = os.environ.get("RUNPOD_ENDPOINT_ID", "")  # the platform sets it
 SYSTEM_PROMPT = os.environ.get(
     "SYSTEM_PROMPT",
     "You are a helpful assistant on a phone call. Answer briefly, in plain spoken sentences.",
@@ -220,7 +225,11 @@ def dispatch(event: Any, job: Job) -> Iterator[Piece]:
 
 
 def failure(text: str) -> dict[str, Any]:
-    return {"error": " ".join(text.split())[:2000], "status": "error"}
+    return {"error": one_line(text)[:2000], "status": "error"}
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def sendable(piece: Piece) -> Piece:
@@ -544,22 +553,163 @@ def capabilities(model: str) -> list[str]:
 
 
 # ---------------------------------------------------------------------------
-# VAPI's server messages
+# VAPI's server messages: https://docs.vapi.ai/server-url/events
 # ---------------------------------------------------------------------------
 
 
 def vapi_webhook(input: dict[str, Any], job: Job) -> Iterator[Piece]:
-    """Yields {"status", "vapi_response", "call_id"} for `webhook_data`, a text for the model."""
+    """Yields {"status", "vapi_response", "call_id"} for `webhook_data`, VAPI's own body or the flat form.
+
+    `vapi_response` is what VAPI wants to hear: an object, or for {"message": "text"} the model's answer.
+    """
     data = input.get("webhook_data")
-    if not isinstance(data, dict) or not isinstance(data.get("message"), str):
-        raise JobError('"webhook_data" must be like {"message": "a text", "call_id": "…"}.')
-    call_id = data.get("call_id", "")
-    yield {"status": "success", "vapi_response": ask_model(data["message"], job), "call_id": call_id}
+    message = data.get("message") if isinstance(data, dict) else None
+    if isinstance(message, str):
+        response: Any = ask_model(message, job)
+    elif isinstance(message, dict):
+        kind = message.get("type")
+        reply = VAPI_MESSAGES.get(kind) if isinstance(kind, str) else None
+        response = reply(message, job) if reply else {}  # a type that is only told, or a new one
+    else:
+        raise JobError(
+            '"webhook_data" must be VAPI\'s body, {"message": {"type": …}}, or {"message": "a text"}.'
+        )
+    yield {"status": "success", "vapi_response": response, "call_id": call_id_of(message, data)}
+
+
+def call_id_of(message: Any, data: dict[str, Any]) -> str:
+    call = message.get("call") if isinstance(message, dict) else None
+    ids = (call.get("id") if isinstance(call, dict) else None, data.get("call_id"))
+    return next((each for each in ids if isinstance(each, str)), "")
 
 
 def ask_model(message: str, job: Job) -> str:
+    """The model's answer to a text. As a tool: what the caller's assistant may ask it in a call."""
     *_, last = chat({"message": message}, job)
     return last["response"]  # type: ignore[index]
+
+
+# An owner's own tools: a function of the call's arguments, and of `job`, that returns a text.
+TOOLS: dict[str, Callable[..., Any]] = {"ask_model": ask_model}
+TOOL_SECONDS = 15  # VAPI waits 20 s for all results
+
+
+def tool_calls(message: dict[str, Any], job: Job) -> dict[str, Any]:
+    """Runs the calls of one message side by side; {"results": […]} in the order of the calls."""
+    calls = message.get("toolCallList")
+    calls = [call for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+    results: list[dict[str, Any]] = [{} for _ in calls]
+    parts = [job.part() for _ in calls]
+
+    def run(place: int) -> None:
+        results[place] = tool_result(calls[place], parts[place])
+
+    threads = [threading.Thread(target=run, args=(place,), daemon=True) for place in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    end = time.monotonic() + min(TOOL_SECONDS, job.left())
+    for thread, part in zip(threads, parts, strict=True):
+        thread.join(max(0, end - time.monotonic()))
+        part.stop()
+    job.left()
+    late = {"error": f"The tool took longer than {TOOL_SECONDS} s."}
+    named = [{"toolCallId": call.get("id", ""), "name": name_of(call)} for call in calls]
+    return {
+        "results": [{**each, **(result or late)} for each, result in zip(named, results, strict=True)]
+    }
+
+
+def tool_result(call: dict[str, Any], job: Job) -> dict[str, str]:
+    """{"result": text} of one call, or {"error": text}: the model never makes an answer up."""
+    name = name_of(call)
+    if name not in TOOLS:
+        return {"error": one_line(f"There is no tool {shown(name)}; there is {', '.join(TOOLS)}.")}
+    try:
+        result = TOOLS[name](**arguments_of(call), job=job)
+    except Exception as error:
+        return {"error": one_line(f"{name} failed: {error}")}
+    return {"result": one_line(result if isinstance(result, str) else json.dumps(result))}
+
+
+def name_of(call: dict[str, Any]) -> str:
+    function = call.get("function")
+    name = (function if isinstance(function, dict) else call).get("name")
+    return name if isinstance(name, str) else ""
+
+
+def arguments_of(call: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments: VAPI sends an object or JSON text, inside `function` or flat."""
+    function = call.get("function")
+    function = function if isinstance(function, dict) else call
+    arguments = function.get("arguments", function.get("parameters"))
+    if isinstance(arguments, str) and arguments.strip():
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            raise JobError("its arguments are not JSON.") from None
+    if arguments and not isinstance(arguments, dict):
+        raise JobError("its arguments must be a JSON object.")
+    return arguments or {}
+
+
+def function_call(message: dict[str, Any], job: Job) -> dict[str, Any]:
+    """VAPI's older form of one tool call."""
+    (result,) = tool_calls({"toolCallList": [message.get("functionCall") or {}]}, job)["results"]
+    return {key: result[key] for key in ("result", "error") if key in result}
+
+
+def assistant(_message: dict[str, Any], _job: Job) -> dict[str, Any]:
+    """Who takes a call. VAPI waits 7.5 s, so the model is never asked."""
+    if VAPI_ASSISTANT_ID:
+        return {"assistantId": VAPI_ASSISTANT_ID}
+    if not RUNPOD_ENDPOINT_ID:
+        return {"error": "No assistant is set up for this number."}
+    model = {
+        "provider": "custom-llm",
+        "url": f"https://api.runpod.ai/v2/{RUNPOD_ENDPOINT_ID}/openai/v1",
+        "model": MODELS[0],
+        "messages": [{"role": "system", "content": SYSTEM_PROMPT}],
+    }
+    return {"assistant": {"firstMessage": VAPI_FIRST_MESSAGE, "model": model}}
+
+
+def transfer(_message: dict[str, Any], _job: Job) -> dict[str, Any]:
+    if not VAPI_TRANSFER_NUMBER:
+        return {"error": "There is no number to transfer to; VAPI_TRANSFER_NUMBER sets one."}
+    return {"destination": {"type": "number", "number": VAPI_TRANSFER_NUMBER}}
+
+
+def handoff(_message: dict[str, Any], _job: Job) -> dict[str, Any]:
+    if not VAPI_ASSISTANT_ID:
+        return {"error": "There is no assistant to hand off to; VAPI_ASSISTANT_ID sets one."}
+    return {"destination": {"type": "assistant", "assistantId": VAPI_ASSISTANT_ID}}
+
+
+def end_of_call(message: dict[str, Any], job: Job) -> dict[str, Any]:
+    """Logs how a call ended; of its words nothing."""
+    reason, seconds = message.get("endedReason"), message.get("durationSeconds")
+    reason = reason if isinstance(reason, str) and re.fullmatch(r"[\w.-]{1,100}", reason) else "-"
+    seconds = seconds if isinstance(seconds, (int, float)) else "-"
+    log(f"call={shown(call_id_of(message, {}))} ended: {reason} after {seconds} s", job)
+    return {}
+
+
+def fixed(answer: dict[str, Any]) -> Callable[[dict[str, Any], Job], dict[str, Any]]:
+    return lambda _message, _job: answer
+
+
+VAPI_MESSAGES: dict[str, Callable[[dict[str, Any], Job], dict[str, Any]]] = {
+    "assistant-request": assistant,
+    "tool-calls": tool_calls,
+    "function-call": function_call,
+    "transfer-destination-request": transfer,
+    "handoff-destination-request": handoff,
+    "knowledge-base-request": fixed({"documents": []}),
+    "call.endpointing.request": fixed({"timeoutSeconds": 0.5}),
+    "campaign.predial": fixed({"eligible": True}),
+    "voice-request": fixed({"error": "This worker makes no audio; choose one of VAPI's voices."}),
+    "end-of-call-report": end_of_call,
+}
 
 
 # ---------------------------------------------------------------------------
