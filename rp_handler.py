@@ -24,6 +24,7 @@ import asyncio
 import atexit
 import collections
 import contextlib
+import contextvars
 import ctypes
 import functools
 import http.client
@@ -40,6 +41,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
@@ -558,77 +560,86 @@ def capabilities(model: str) -> list[str]:
 
 
 def vapi_webhook(input: dict[str, Any], job: Job) -> Iterator[Piece]:
-    """Yields {"status", "vapi_response", "call_id"} for `webhook_data`, VAPI's own body or the flat form.
+    """Yields {"status", "vapi_response", "call_id"} for `webhook_data`: VAPI's own body, or a text.
 
-    `vapi_response` is what VAPI wants to hear: an object, or for {"message": "text"} the model's answer.
+    `vapi_response` is the object that VAPI wants, or the model's answer to the text.
     """
     data = input.get("webhook_data")
     message = data.get("message") if isinstance(data, dict) else None
-    if isinstance(message, str):
-        response: Any = ask_model(message, job)
-    elif isinstance(message, dict):
-        kind = message.get("type")
-        reply = VAPI_MESSAGES.get(kind) if isinstance(kind, str) else None
-        response = reply(message, job) if reply else {}  # a type that is only told, or a new one
-    else:
+    if not isinstance(message, (str, dict)):
         raise JobError(
             '"webhook_data" must be VAPI\'s body, {"message": {"type": …}}, or {"message": "a text"}.'
         )
+    if isinstance(message, str):
+        speaking_for.set(job)
+        response: Any = ask_model(message)
+    else:
+        reply = VAPI_MESSAGES.get(str(message.get("type")), nothing)
+        response = reply(message, job)
     yield {"status": "success", "vapi_response": response, "call_id": call_id_of(message, data)}
 
 
-def call_id_of(message: Any, data: dict[str, Any]) -> str:
+def call_id_of(message: Any, data: Any) -> str:
     call = message.get("call") if isinstance(message, dict) else None
-    ids = (call.get("id") if isinstance(call, dict) else None, data.get("call_id"))
+    ids = [part.get(key) for part, key in ((call, "id"), (data, "call_id")) if isinstance(part, dict)]
     return next((each for each in ids if isinstance(each, str)), "")
 
 
-def ask_model(message: str, job: Job) -> str:
-    """The model's answer to a text. As a tool: what the caller's assistant may ask it in a call."""
-    *_, last = chat({"message": message}, job)
+def ask_model(message: str) -> str:
+    """The model's answer to a text; as a tool, what a caller's assistant may ask it in a call."""
+    *_, last = chat({"message": message}, speaking_for.get())
     return last["response"]  # type: ignore[index]
 
 
-# An owner's own tools: a function of the call's arguments, and of `job`, that returns a text.
+# The tools of `tool-calls`: an owner adds a function of their own, which takes the call's arguments
+# by name and returns a text. Those of one message run side by side, each in a thread.
 TOOLS: dict[str, Callable[..., Any]] = {"ask_model": ask_model}
 TOOL_SECONDS = 15  # VAPI waits 20 s for all results
+speaking_for: contextvars.ContextVar[Job] = contextvars.ContextVar("speaking_for")
 
 
 def tool_calls(message: dict[str, Any], job: Job) -> dict[str, Any]:
-    """Runs the calls of one message side by side; {"results": […]} in the order of the calls."""
-    calls = message.get("toolCallList")
-    calls = [call for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
-    results: list[dict[str, Any]] = [{} for _ in calls]
+    """Runs the calls of one message; {"results": […]} in the order of the calls."""
+    listed = message.get("toolCallList")
+    calls = [call for call in listed if isinstance(call, dict)] if isinstance(listed, list) else []
+    late = {"error": f"The tool took longer than {TOOL_SECONDS} s."}
+    results = [late for _ in calls]
     parts = [job.part() for _ in calls]
+    places = iter(range(len(calls)))  # shared by the threads: each takes the next
 
-    def run(place: int) -> None:
-        results[place] = tool_result(calls[place], parts[place])
+    def run() -> None:
+        for place in places:
+            speaking_for.set(parts[place])
+            results[place] = tool_result(calls[place])
 
-    threads = [threading.Thread(target=run, args=(place,), daemon=True) for place in range(len(calls))]
+    end = time.monotonic() + min(TOOL_SECONDS, job.left())
+    threads = [threading.Thread(target=run, daemon=True) for _ in calls[:32]]
     for thread in threads:
         thread.start()
-    end = time.monotonic() + min(TOOL_SECONDS, job.left())
-    for thread, part in zip(threads, parts, strict=True):
+    for thread in threads:
         thread.join(max(0, end - time.monotonic()))
+    answered = list(results)
+    for part in parts:
         part.stop()
     job.left()
-    late = {"error": f"The tool took longer than {TOOL_SECONDS} s."}
-    named = [{"toolCallId": call.get("id", ""), "name": name_of(call)} for call in calls]
     return {
-        "results": [{**each, **(result or late)} for each, result in zip(named, results, strict=True)]
+        "results": [
+            {"toolCallId": call.get("id", ""), "name": name_of(call), **result}
+            for call, result in zip(calls, answered, strict=True)
+        ]
     }
 
 
-def tool_result(call: dict[str, Any], job: Job) -> dict[str, str]:
+def tool_result(call: dict[str, Any]) -> dict[str, str]:
     """{"result": text} of one call, or {"error": text}: the model never makes an answer up."""
     name = name_of(call)
     if name not in TOOLS:
         return {"error": one_line(f"There is no tool {shown(name)}; there is {', '.join(TOOLS)}.")}
     try:
-        result = TOOLS[name](**arguments_of(call), job=job)
+        result = TOOLS[name](**arguments_of(call))
+        return {"result": one_line(result if isinstance(result, str) else json.dumps(result))}
     except Exception as error:
         return {"error": one_line(f"{name} failed: {error}")}
-    return {"result": one_line(result if isinstance(result, str) else json.dumps(result))}
 
 
 def name_of(call: dict[str, Any]) -> str:
@@ -686,11 +697,34 @@ def handoff(_message: dict[str, Any], _job: Job) -> dict[str, Any]:
 
 
 def end_of_call(message: dict[str, Any], job: Job) -> dict[str, Any]:
-    """Logs how a call ended; of its words nothing."""
-    reason, seconds = message.get("endedReason"), message.get("durationSeconds")
-    reason = reason if isinstance(reason, str) and re.fullmatch(r"[\w.-]{1,100}", reason) else "-"
-    seconds = seconds if isinstance(seconds, (int, float)) else "-"
-    log(f"call={shown(call_id_of(message, {}))} ended: {reason} after {seconds} s", job)
+    """Logs how a call ended: identifiers and a number, nothing that was said."""
+    call_id, reason = identifier(call_id_of(message, None)), identifier(message.get("endedReason"))
+    log(f"call={call_id} ended: {reason} after {duration_of(message)} s", job)
+    return {}
+
+
+def identifier(value: Any) -> str:
+    """`value` for the log, if it can only be an identifier and not somebody's words."""
+    return value if isinstance(value, str) and re.fullmatch(r"[\w.-]{1,100}", value) else "-"
+
+
+def duration_of(message: dict[str, Any]) -> float | str:
+    """A call's length in s: from VAPI's schema its two times; in captures also the number itself."""
+    seconds = message.get("durationSeconds")
+    if isinstance(seconds, (int, float)):
+        return seconds
+    try:
+        started, ended = (
+            datetime.fromisoformat(message[time_of].replace("Z", "+00:00"))
+            for time_of in ("startedAt", "endedAt")
+        )
+        return (ended - started).total_seconds()
+    except (KeyError, AttributeError, ValueError, TypeError):
+        return "-"
+
+
+def nothing(_message: dict[str, Any], _job: Job) -> dict[str, Any]:
+    """The answer to what VAPI only tells, and to types that are yet to come."""
     return {}
 
 

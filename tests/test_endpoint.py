@@ -589,14 +589,7 @@ def test_the_log_holds_one_line_a_job_and_no_content(local: Loopback) -> None:
     line = rf"{job.id} \| kind=chat model=llama3:latest status=success first_token_ms=\d+ tokens=2 "
     assert re.search(line, log)
     assert log.count("kind=") == 6
-    for private in (
-        "zebra",
-        "whispered",
-        "reply",
-        "+1555",
-        "s3cret",
-        base64.b64encode(secret.encode()).decode(),
-    ):
+    for private in ("zebra", "whispered", "reply", "+1555", "s3cret"):
         assert private not in log
 
 
