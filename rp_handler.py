@@ -1177,6 +1177,7 @@ def stop_worker(code: int) -> None:
     if stopping.is_set():
         end_process(1, grace=0)
     stopping.set()
+    log("stopping: no new job is taken, those under way finish")
     exit_when_idle(code)
 
 

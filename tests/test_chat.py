@@ -128,6 +128,13 @@ def test_multi_byte_text_comes_through(ollama: Ollama) -> None:
     assert ollama.last()["body"]["messages"][-1]["content"] == "Grüß 日本 🎈"
 
 
+def nested(depth: int) -> Any:
+    value: Any = "deep"
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 BAD_EVENTS: list[tuple[Any, str]] = [
     (None, "input"),
     ({}, "input"),
@@ -165,6 +172,8 @@ BAD_EVENTS: list[tuple[Any, str]] = [
     ({"input": {"message": "Hi", "stream": "yes"}}, "true or false"),
     ({"input": {"message": "Hi", "options": {"temperature": math.nan}}}, "NaN"),
     ({"input": {"message": "Hi", "options": {"stop": b"x"}}}, "bytes"),
+    ({"input": {"message": "Hi", "tools": nested(100_000)}}, "nested too deeply"),
+    ({"input": {"type": nested(100_000)}}, "nested too deeply"),
     ({"input": {"type": "vapi_webhook"}}, "webhook_data"),
     ({"input": {"type": "vapi_webhook", "webhook_data": {"message": 5}}}, "webhook_data"),
     ({"input": {"type": "vapi_webhook", "webhook_data": {"message": ""}}}, "not empty"),
