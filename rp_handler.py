@@ -40,6 +40,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
@@ -125,13 +126,15 @@ class JobError(Exception):
 class Job:
     """One job under way: its limit of time, its open connection, and what its log line tells."""
 
-    def __init__(self, event: Any, streams: bool, limit: str = "REQUEST_TIMEOUT"):
+    def __init__(
+        self, event: Any, streams: bool, seconds: float = REQUEST_TIMEOUT, limit: str = "REQUEST_TIMEOUT"
+    ):
         self.id = event.get("id") if isinstance(event, dict) else None
         self.streams = streams  # whether pieces can reach the caller one by one
         self.kind, self.model, self.tokens = "-", "-", 0
         self.started = time.monotonic()
         self.first_token: float | None = None
-        self.limit, self.seconds = limit, globals()[limit]
+        self.seconds, self.limit = seconds, limit
         self.parts: list[Job] = []  # tool calls under way, which end with the job
         self.stopped = False
         self._connection: socket.socket | None = None
@@ -150,7 +153,7 @@ class Job:
 
     def part(self) -> Job:
         """A job within this one, with a connection of its own and the same end."""
-        part = Job({"id": self.id}, streams=False, limit=self.limit)
+        part = Job({"id": self.id}, streams=False)
         part.started = self.started
         self.parts.append(part)
         if self.stopped:
@@ -198,13 +201,10 @@ def answer(event: Any, job: Job) -> Iterator[Piece]:
         yield failure(str(error))
     except RecursionError:
         yield failure("The input is nested too deeply; send it flatter.")
-    except (
-        Exception
-    ) as error:  # a defect: its text may hold a caller's words, so the log names only its place
-        place = error.__traceback__
-        while place and place.tb_next:
-            place = place.tb_next
-        where = f"{type(error).__name__} in line {place.tb_lineno if place else '?'}"
+    except Exception as error:
+        # A defect. Its text may hold a caller's words, so the log names only its place.
+        *_, place = traceback.walk_tb(error.__traceback__)
+        where = f"{type(error).__name__} in line {place[1]}"
         log(f"defect: {where}", job)
         yield failure(f"The worker failed on this job ({where}); please report it.")
     finally:
@@ -227,7 +227,7 @@ def dispatch(event: Any, job: Job) -> Iterator[Piece]:
 
 
 def failure(text: str) -> dict[str, Any]:
-    return {"error": one_line(text)[:2000], "status": "error"}
+    return {"error": one_line(text.encode("utf-8", "replace").decode())[:2000], "status": "error"}
 
 
 def one_line(text: str) -> str:
@@ -271,7 +271,7 @@ CHAT_FIELDS = ("options", "format", "tools", "think")  # go to Ollama as they ar
 
 
 def chat(input: dict[str, Any], job: Job) -> Iterator[Piece]:
-    """Yields {"status", "response", "model", "usage", "timings", "tool_calls"?}.
+    """Yields {"status", "response", "model", "usage", "timings", "thinking"?, "tool_calls"?}.
 
     With "stream": true, {"response": "<text>"} for each token and a last piece without "response".
     Shapes: https://github.com/ollama/ollama/blob/main/docs/api.md
@@ -320,6 +320,7 @@ def turns_of(messages: Any) -> list[dict[str, Any]]:
 
 def chat_pieces(body: dict[str, Any], streams: bool, job: Job) -> Iterator[Piece]:
     texts: list[str] = []
+    thoughts: list[str] = []
     tool_calls: list[Any] = []
     last: dict[str, Any] = {}
     for line in generate("/api/chat", body, job):
@@ -327,6 +328,7 @@ def chat_pieces(body: dict[str, Any], streams: bool, job: Job) -> Iterator[Piece
         if "error" in chunk:
             raise JobError(f"Ollama: {words_of(chunk)}", cure="new runner")
         message = chunk.get("message") or {}
+        thoughts.append(message.get("thinking") or "")
         tool_calls += message.get("tool_calls") or []
         if chunk.get("done"):
             last = chunk
@@ -343,6 +345,7 @@ def chat_pieces(body: dict[str, Any], streams: bool, job: Job) -> Iterator[Piece
         "status": "success",
         **({} if streams else {"response": "".join(texts)}),
         "model": last["model"],
+        **({"thinking": "".join(thoughts)} if any(thoughts) else {}),
         **({"tool_calls": tool_calls} if tool_calls else {}),
         **counts(last),
     }
@@ -574,8 +577,9 @@ def vapi_webhook(input: dict[str, Any], job: Job) -> Iterator[Piece]:
         speaking_for.set(job)
         response: Any = ask_model(message)
     else:
-        reply = VAPI_MESSAGES.get(str(message.get("type")), nothing)
-        response = reply(message, job)
+        response = VAPI_MESSAGES.get(str(message.get("type")), {})  # a type only told, or a new one
+        if callable(response):
+            response = response(message, job)
     yield {"status": "success", "vapi_response": response, "call_id": call_id_of(message, data)}
 
 
@@ -723,25 +727,17 @@ def duration_of(message: dict[str, Any]) -> float | str:
         return "-"
 
 
-def nothing(_message: dict[str, Any], _job: Job) -> dict[str, Any]:
-    """The answer to what VAPI only tells, and to types that are yet to come."""
-    return {}
-
-
-def fixed(answer: dict[str, Any]) -> Callable[[dict[str, Any], Job], dict[str, Any]]:
-    return lambda _message, _job: answer
-
-
-VAPI_MESSAGES: dict[str, Callable[[dict[str, Any], Job], dict[str, Any]]] = {
+# A message's type, and its answer or what makes it.
+VAPI_MESSAGES: dict[str, dict[str, Any] | Callable[[dict[str, Any], Job], dict[str, Any]]] = {
     "assistant-request": assistant,
     "tool-calls": tool_calls,
     "function-call": function_call,
     "transfer-destination-request": transfer,
     "handoff-destination-request": handoff,
-    "knowledge-base-request": fixed({"documents": []}),
-    "call.endpointing.request": fixed({"timeoutSeconds": 0.5}),
-    "campaign.predial": fixed({"eligible": True}),
-    "voice-request": fixed({"error": "This worker makes no audio; choose one of VAPI's voices."}),
+    "knowledge-base-request": {"documents": []},
+    "call.endpointing.request": {"timeoutSeconds": 0.5},
+    "campaign.predial": {"eligible": True},
+    "voice-request": {"error": "This worker makes no audio; choose one of VAPI's voices."},
     "end-of-call-report": end_of_call,
 }
 
@@ -913,20 +909,21 @@ class Server:
         try:
             if answers():
                 if self.must_load:
-                    self._load(Job(None, streams=False, limit="STARTUP_TIMEOUT"))
+                    self._load(starting())
             else:
                 self._begin()
         except JobError as error:
             return self._fail(str(error), self._last_words)
         self.settled.set()
         if self.process:
-            self._watch(self.process)
+            self._watch()
 
-    def _watch(self, process: subprocess.Popen[bytes]) -> None:
+    def _watch(self) -> None:
         """Starts the server again whenever it ends, after a growing pause, up to DEATHS in WITHIN s."""
         deaths: list[float] = []
         while True:
-            code = process.wait()
+            assert self.process
+            code = self.process.wait()
             self.settled.clear()
             self._sweep()
             if self.ended:
@@ -941,22 +938,21 @@ class Server:
             log(f"warning: Ollama ended with {code}; it is started again in {pause:g} s")
             time.sleep(pause)
             try:
-                process = self._begin()
+                self._begin()
                 self.settled.set()
             except JobError as error:
                 log(f"warning: {error}")
-                process.kill()
+                self.process.kill()
 
-    def _begin(self) -> subprocess.Popen[bytes]:
+    def _begin(self) -> None:
         """Starts the server, waits until it listens and loads the default model."""
-        job = Job(None, streams=False, limit="STARTUP_TIMEOUT")
+        job = starting()
         process = self._spawn()
         while not listens():
             if process.poll() is not None:
                 raise JobError(f"`ollama serve` ended with {process.returncode} before it answered.")
             time.sleep(min(0.02, job.left()))
         self._load(job)
-        return process
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         address = f"[{OLLAMA[0]}]:{OLLAMA[1]}" if ":" in OLLAMA[0] else f"{OLLAMA[0]}:{OLLAMA[1]}"
@@ -972,15 +968,18 @@ class Server:
                 "set OLLAMA_HOST to 127.0.0.1:11434, or to a server that runs."
             )
         self._last_words.clear()
-        self.process = process = subprocess.Popen(
-            [ollama, "serve"],
-            env={**SERVER_ENVIRONMENT, **os.environ, "OLLAMA_HOST": address},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is for the worker, which lets its jobs finish first
-            preexec_fn=functools.partial(end_with_parent, signal.SIGTERM, os.getpid()),
-        )
+        try:
+            self.process = process = subprocess.Popen(
+                [ollama, "serve"],
+                env={**SERVER_ENVIRONMENT, **os.environ, "OLLAMA_HOST": address},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for the worker, which lets its jobs finish first
+                preexec_fn=functools.partial(end_with_parent, signal.SIGTERM, os.getpid()),
+            )
+        except OSError as error:
+            raise JobError(f"{ollama} could not be started: {error.strerror}.") from None
         atexit.register(self.stop)
         assert process.stdout
         # Read, so that it never blocks, and kept from the log: it may one day hold a caller's words.
@@ -1019,6 +1018,11 @@ class Server:
         assert self.process
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def starting() -> Job:
+    """The start of the server as a job: its limit bounds the start and the load together."""
+    return Job(None, streams=False, seconds=STARTUP_TIMEOUT, limit="STARTUP_TIMEOUT")
 
 
 def listens() -> bool:
@@ -1149,15 +1153,16 @@ def until_stopping(take: Callable[..., Any]) -> Callable[..., Any]:
     SIGTERM and never runs what that brings."""
 
     async def take_until_stopping(*args: Any) -> Any:
-        taking = asyncio.ensure_future(take(*args))
-        stop = asyncio.ensure_future(stopping.wait())
-        try:
-            await asyncio.wait({taking, stop}, return_when=asyncio.FIRST_COMPLETED)
-            if taking.done():
-                return taking.result()
-        finally:
-            taking.cancel()
-            stop.cancel()
+        if not stopping.is_set():
+            taking = asyncio.ensure_future(take(*args))
+            stop = asyncio.ensure_future(stopping.wait())
+            try:
+                await asyncio.wait({taking, stop}, return_when=asyncio.FIRST_COMPLETED)
+                if taking.done():
+                    return taking.result()
+            finally:
+                taking.cancel()
+                stop.cancel()
         return await asyncio.Event().wait()  # for ever: no further job
 
     return take_until_stopping
@@ -1169,7 +1174,12 @@ def watch_signals() -> None:
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stop_worker, 0)
-    server.on_failure = functools.partial(loop.call_soon_threadsafe, stop_worker, 1)
+
+    def stop_without_server() -> None:
+        if not stopping.is_set():
+            stop_worker(1)
+
+    server.on_failure = lambda: loop.call_soon_threadsafe(stop_without_server)
 
 
 def stop_worker(code: int) -> None:
