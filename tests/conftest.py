@@ -130,7 +130,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def worker_environment(store: str) -> dict[str, str]:
     """The environment of a worker process that has to start a server of its own."""
-    return {**os.environ, "OLLAMA_HOST": f"127.0.0.1:{free_port()}", "OLLAMA_MODELS": store}
+    own = {"OLLAMA_HOST": f"127.0.0.1:{free_port()}", "OLLAMA_MODELS": store, "REQUEST_TIMEOUT": "50"}
+    return {**os.environ, **own}
 
 
 def processes_at(host: str) -> list[str]:

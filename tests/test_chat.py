@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import math
 import re
+import threading
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from conftest import Ollama
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import rp_handler
 from rp_handler import MAX_TOKENS, SYSTEM_PROMPT, handler
 
 
@@ -204,10 +207,30 @@ def test_a_server_that_fails_is_an_error_and_never_a_short_answer(
     assert re.search(words, error_of(ask(message="Hi")))
 
 
-def test_a_stream_without_its_closing_line_is_an_error(ollama: Ollama) -> None:
-    ollama.script(drop_after=2, times=2)
-    error_of(ask(message="Hi"))
-    assert ask(message="Hi")["status"] == "success"
+class Truncated(http.server.BaseHTTPRequestHandler):
+    """A server whose stream ends in good order, but for the closing line."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        line = {"model": "m", "message": {"role": "assistant", "content": "Hel"}, "done": False}
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(line).encode() + b"\n")
+
+    do_GET = do_POST
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.usefixtures("ollama")
+def test_a_stream_without_its_closing_line_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Truncated) as truncated:
+        threading.Thread(target=truncated.serve_forever, daemon=True).start()
+        monkeypatch.setattr(rp_handler, "OLLAMA", truncated.server_address)
+        monkeypatch.setattr(rp_handler, "TRIES", {})
+        assert "broke off before its end" in error_of(ask(message="Hi"))
+        truncated.shutdown()
 
 
 def test_a_webhook_in_the_flat_form_is_answered_through_chat(ollama: Ollama) -> None:

@@ -262,7 +262,7 @@ def test_a_slow_model_stops_generating_when_the_tools_time_is_over(
     ollama.script(repeat=-1, interval_ms=20)
     (result,) = answer("tool-calls", toolCallList=[called("ask_model", {"message": "Talk."})])["results"]
     assert "longer than" in result["error"]
-    eventually(lambda: ollama.last()["state"] == "closed")
+    eventually(lambda: ollama.last()["state"] == "closed", seconds=3)  # the job's own limit is 5 s
 
 
 def test_a_failing_model_is_an_error_of_the_call(ollama: Ollama) -> None:
