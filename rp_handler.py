@@ -1059,31 +1059,41 @@ server = Server()
 CHUNK_BYTES = 512 * 1024  # RunPod's limit for a streamed chunk is 1 MB, and JSON may double quotes
 
 
+class Run:
+    """A job's thread, and what has come of it for the event loop."""
+
+    def __init__(self, event: Any, streams: bool):
+        self.job = Job(event, streams)
+        self.pieces: collections.deque[Piece | None] = collections.deque()
+        self.arrived = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        threading.Thread(target=self._work, args=(event,), daemon=True).start()
+
+    def _work(self, event: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the worker has ended
+            for piece in itertools.chain(answer(event, self.job), [None]):
+                self.pieces.append(piece)
+                self._loop.call_soon_threadsafe(self.arrived.set)
+
+
+head_starts: dict[Any, Run] = {}  # by job id
+
+
 async def bridge(event: dict[str, Any], streams: bool) -> AsyncIterator[Piece]:
-    """The core for an event loop: runs a job in a thread of its own, yields what has come meanwhile.
+    """The core for an event loop: yields what has come of a job's thread meanwhile.
 
     The SDK awaits one POST a yield; what comes in that time leaves together with the next.
     """
-    loop, arrived = asyncio.get_running_loop(), asyncio.Event()
-    pieces: collections.deque[Piece | None] = collections.deque()
-    job = Job(event, streams)
+    run = head_starts.pop(event.get("id"), None) or Run(event, streams)
     task = asyncio.current_task()
     assert task
     # A cancel lands in the SDK's own await and reaches no `finally` here, but it ends the task.
-    task.add_done_callback(lambda _: job.stop())
-
-    def work() -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the worker has ended
-            for piece in itertools.chain(answer(event, job), [None]):
-                pieces.append(piece)
-                loop.call_soon_threadsafe(arrived.set)
-
-    threading.Thread(target=work, daemon=True).start()
+    task.add_done_callback(lambda _: run.job.stop())
     while True:
-        await arrived.wait()
-        arrived.clear()
-        while pieces:
-            piece = gathered(pieces)
+        await run.arrived.wait()
+        run.arrived.clear()
+        while run.pieces:
+            piece = gathered(run.pieces)
             if piece is None:
                 return
             yield piece
@@ -1134,7 +1144,8 @@ def serve_queue() -> None:
         watch_signals()
         return MAX_CONCURRENCY
 
-    rp_scale.get_job = until_stopping(rp_scale.get_job)
+    rp_scale.get_job = job_take_of(rp_scale.get_job)
+    rp_scale.get_stop_signals = job_stop_of(rp_scale.get_stop_signals)
     runpod.serverless.register_fitness_check(model_is_loaded)
     runpod.serverless.start(
         {
@@ -1148,24 +1159,39 @@ def serve_queue() -> None:
 stopping = asyncio.Event()
 
 
-def until_stopping(take: Callable[..., Any]) -> Callable[..., Any]:
-    """The SDK's job-take, given up when the worker stops: SDK 1.12 lets its long poll go on after
-    SIGTERM and never runs what that brings."""
+def job_take_of(take: Callable[..., Any]) -> Callable[..., Any]:
+    """The SDK's job-take, with two faults of SDK 1.12 mended: what it brings waits up to 0.1 s for
+    its handler, so its thread starts here; and its long poll goes on after SIGTERM, though what that
+    brings is never run, so it is given up."""
 
-    async def take_until_stopping(*args: Any) -> Any:
+    async def job_take(*args: Any) -> Any:
         if not stopping.is_set():
             taking = asyncio.ensure_future(take(*args))
             stop = asyncio.ensure_future(stopping.wait())
             try:
                 await asyncio.wait({taking, stop}, return_when=asyncio.FIRST_COMPLETED)
                 if taking.done():
+                    for event in taking.result() or []:
+                        head_starts[event["id"]] = Run(event, STREAMING)
                     return taking.result()
             finally:
                 taking.cancel()
                 stop.cancel()
         return await asyncio.Event().wait()  # for ever: no further job
 
-    return take_until_stopping
+    return job_take
+
+
+def job_stop_of(take: Callable[..., Any]) -> Callable[..., Any]:
+    """The SDK's job-stop, which knows no job before its handler runs: those are stopped here."""
+
+    async def job_stop(*args: Any) -> Any:
+        job_ids = await take(*args)
+        for run in filter(None, map(head_starts.get, job_ids)):
+            run.job.stop()
+        return job_ids
+
+    return job_stop
 
 
 @functools.cache
