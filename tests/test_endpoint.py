@@ -40,7 +40,7 @@ class Target:
 
     def __init__(self, url: str, key: str, local: Loopback | None = None):
         self.url, self.key, self.local = url, key, local
-        self.openai = OpenAI(base_url=f"{url}/openai/v1", api_key=key, max_retries=0)
+        self.openai: Any = OpenAI(base_url=f"{url}/openai/v1", api_key=key, max_retries=0)
         self.model = "llama3:latest" if local else self.openai.models.list().data[0].id
 
     def post(self, path: str, body: Any, **how: Any) -> requests.Response:
@@ -127,14 +127,14 @@ def whole(whole_endpoint: Loopback) -> Loopback:
 
 @pytest.mark.live
 def test_the_openai_client_streams_words(target: Target) -> None:
-    chunks = list(target.openai.chat.completions.create(model=target.model, messages=HI, stream=True))  # type: ignore[call-overload]
+    chunks = list(target.openai.chat.completions.create(model=target.model, messages=HI, stream=True))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks).strip()
     assert chunks[-1].choices[0].finish_reason == "stop"
 
 
 @pytest.mark.live
 def test_the_openai_client_gets_a_whole_completion(target: Target) -> None:
-    done = target.openai.chat.completions.create(model=target.model, messages=HI)  # type: ignore[call-overload]
+    done = target.openai.chat.completions.create(model=target.model, messages=HI)
     assert done.object == "chat.completion" and done.choices[0].message.role == "assistant"
     assert done.choices[0].message.content and done.choices[0].finish_reason == "stop"
     assert done.usage.total_tokens == done.usage.prompt_tokens + done.usage.completion_tokens
@@ -150,10 +150,10 @@ def test_the_openai_client_lists_and_finds_models(target: Target) -> None:
 @pytest.mark.live
 def test_text_completions_stream_and_do_not(target: Target) -> None:
     ask = {"model": target.model, "prompt": "Once upon a time", "max_tokens": 8}
-    done = target.openai.completions.create(**ask)  # type: ignore[call-overload]
+    done = target.openai.completions.create(**ask)
     assert done.object == "text_completion" and done.choices[0].text
     assert done.usage.completion_tokens > 0
-    chunks = list(target.openai.completions.create(**ask, stream=True))  # type: ignore[call-overload]
+    chunks = list(target.openai.completions.create(**ask, stream=True))
     assert "".join(chunk.choices[0].text for chunk in chunks)
 
 
@@ -186,7 +186,7 @@ CALL = {
         "controlUrl": "https://vapi.test/control/s3cret",
     },
 }
-METADATA = {  # VAPI's metadataSendMode
+METADATA: dict[str, dict[str, Any]] = {  # VAPI's metadataSendMode
     "off": {},
     "variable": {
         "call": CALL,
@@ -198,7 +198,7 @@ METADATA = {  # VAPI's metadataSendMode
     },
     "destructured": {"account": "A-77", "tier": "gold"},
 }
-AFTER_A_TOOL = [
+AFTER_A_TOOL: list[dict[str, Any]] = [
     {"role": "system", "content": "You are the front desk."},
     {"role": "assistant", "content": "Hello, how can I help?"},
     {"role": "user", "content": "What time is it?"},
@@ -363,7 +363,7 @@ def test_tool_calls_reach_the_openai_client(local: Loopback, stream: bool) -> No
     arguments = {"zone": "UTC"}
     script = {"tokens": [], "tool_calls": [{"name": "clock", "arguments": arguments}]}
     local.script(**script, capabilities={"qwen2.5:7b": ["completion", "tools"]})
-    done = local.target.openai.chat.completions.create(  # type: ignore[call-overload]
+    done = local.target.openai.chat.completions.create(
         model="qwen2.5:7b", messages=HI, tools=[CLOCK], stream=stream
     )
     if stream:
@@ -423,7 +423,7 @@ def test_a_chunk_never_exceeds_512_kb(local: Loopback, chat: bool) -> None:
 
 def test_the_first_frame_leaves_before_the_last_token_comes(local: Loopback) -> None:
     local.script(tokens=["one ", "two"], hang_after=1)
-    with local.target.openai.chat.completions.create(  # type: ignore[call-overload]
+    with local.target.openai.chat.completions.create(
         model="llama3:latest", messages=HI, stream=True
     ) as stream:
         assert next(iter(stream)).choices[0].delta.content == "one "
@@ -557,7 +557,7 @@ def test_with_streaming_off_runsync_answers_the_object_itself(whole: Loopback) -
 
 
 def test_with_streaming_off_a_completion_still_comes_whole(whole: Loopback) -> None:
-    done = whole.target.openai.chat.completions.create(model="llama3:latest", messages=HI)  # type: ignore[call-overload]
+    done = whole.target.openai.chat.completions.create(model="llama3:latest", messages=HI)
     assert done.choices[0].message.content
 
 
@@ -568,7 +568,7 @@ def test_with_streaming_off_a_stream_is_an_error_that_names_the_setting(
     done = whole.target.runsync(**job)
     assert done["status"] == "FAILED" and "STREAMING=true" in done["error"]
     with pytest.raises(APIError, match="STREAMING"):
-        whole.target.openai.chat.completions.create(model="llama3:latest", messages=HI, stream=True)  # type: ignore[call-overload]
+        whole.target.openai.chat.completions.create(model="llama3:latest", messages=HI, stream=True)
 
 
 # -- privacy ------------------------------------------------------------------------------------

@@ -106,9 +106,7 @@ def test_no_job_is_taken_before_the_model_is_loaded() -> None:
         ({"PATH": "/nowhere"}, "`ollama` is not on PATH"),
     ],
 )
-def test_a_start_that_fails_ends_the_worker_with_one_line_why(
-    environment: dict[str, str], words: str
-) -> None:
+def test_a_start_that_fails_ends_the_worker_with_one_line_why(environment: Any, words: str) -> None:
     with working(ready=False, **environment) as worked:
         assert worked.ends() == 1
         log = worked.worker.log
