@@ -1009,6 +1009,9 @@ class Server:
         log(f"error: {reason}")
         for line in last_words:
             log(f"ollama: {line.decode('utf-8', 'replace').rstrip()}")
+        self.ended = (
+            self.must_load
+        )  # on RunPod the worker is replaced; on a laptop the next job tries anew
         self.failure = reason
         self.settled.set()
         self.on_failure()
