@@ -1145,7 +1145,7 @@ def serve_queue() -> None:
 
     def concurrency(_current: int) -> int:  # the SDK calls it before each job-take
         watch_signals()
-        return MAX_CONCURRENCY
+        return 3 * MAX_CONCURRENCY  # more than it can count: job_take keeps to MAX_CONCURRENCY
 
     rp_scale.get_job = job_take_of(rp_scale.get_job)
     rp_scale.get_stop_signals = job_stop_of(rp_scale.get_stop_signals)
@@ -1163,13 +1163,18 @@ stopping = asyncio.Event()
 
 
 def job_take_of(take: Callable[..., Any]) -> Callable[..., Any]:
-    """The SDK's job-take, with two faults of SDK 1.12 mended: what it brings waits up to 0.1 s for
-    its handler, so its thread starts here; and its long poll goes on after SIGTERM, though what that
-    brings is never run, so it is given up."""
+    """The SDK's job-take, with what SDK 1.12 does to a caller mended:
 
-    async def job_take(*args: Any) -> Any:
+    - It counts a job in its own queue twice, so half of a burst waits: the count is made here.
+    - It calls the handler up to 0.1 s after it has the job: the job's thread starts here.
+    - Its long poll goes on after SIGTERM, and what that brings is never run: it is given up.
+    """
+
+    async def job_take(session: Any, _wanted: int = 1) -> Any:
+        while not stopping.is_set() and jobs_under_way() >= MAX_CONCURRENCY:
+            await asyncio.sleep(0.02)
         if not stopping.is_set():
-            taking = asyncio.ensure_future(take(*args))
+            taking = asyncio.ensure_future(take(session, MAX_CONCURRENCY - jobs_under_way()))
             stop = asyncio.ensure_future(stopping.wait())
             try:
                 await asyncio.wait({taking, stop}, return_when=asyncio.FIRST_COMPLETED)
@@ -1183,6 +1188,12 @@ def job_take_of(take: Callable[..., Any]) -> Callable[..., Any]:
         return await asyncio.Event().wait()  # for ever: no further job
 
     return job_take
+
+
+def jobs_under_way() -> int:
+    from runpod.serverless.modules.worker_state import JobsProgress
+
+    return JobsProgress().get_job_count()
 
 
 def job_stop_of(take: Callable[..., Any]) -> Callable[..., Any]:
@@ -1221,10 +1232,8 @@ def stop_worker(code: int) -> None:
 
 
 def exit_when_idle(code: int, idle: int = 0) -> None:
-    """Looks every 50 ms, and twice: a job just taken is on its way into the SDK's list."""
-    from runpod.serverless.modules.worker_state import JobsProgress
-
-    idle = 0 if JobsProgress().get_job_count() else idle + 1
+    """Looks every 50 ms, thrice in a row: a job just taken is on its way into the SDK's list."""
+    idle = 0 if jobs_under_way() else idle + 1
     if idle > 2:
         end_process(code)
     asyncio.get_running_loop().call_later(0.05, exit_when_idle, code, idle)

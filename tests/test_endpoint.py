@@ -501,15 +501,21 @@ def test_with_streaming_off_a_cancelled_job_stops_its_generation(whole: Loopback
 # -- side by side -------------------------------------------------------------------------------
 
 
-def test_a_burst_of_four_starts_at_once(local: Loopback) -> None:
+def test_a_burst_starts_at_once_up_to_max_concurrency_and_the_next_when_a_place_is_free(
+    local: Loopback,
+) -> None:
     local.script(repeat=-1, interval_ms=50)
-    jobs = [local.endpoint.run(JOBS["an OpenAI stream"]) for _ in range(4)]
-    eventually(lambda: local.state() == ["running"] * 4)
+    jobs = [local.endpoint.run(JOBS["an OpenAI stream"]) for _ in range(9)]
+    eventually(lambda: local.state() == ["running"] * 8)
     starts = [seen["started"] for seen in local.ollama.requests(*GENERATIONS)]
     assert max(starts) - min(starts) < 0.8, "one waited for the SDK's pause of 1 s"
+    waiting = [job for job in jobs if local.endpoint.status(job)["status"] == "IN_QUEUE"]
+    assert len(waiting) == 1
+    local.endpoint.cancel(next(job for job in jobs if job not in waiting))
+    eventually(lambda: sorted(local.state()) == ["closed", *["running"] * 8])
     for job in jobs:
         local.endpoint.cancel(job)
-    eventually(lambda: local.state() == ["closed"] * 4)
+    eventually(lambda: local.state() == ["closed"] * 9)
 
 
 @pytest.mark.parametrize("name", ["local", "whole"])
@@ -545,6 +551,7 @@ def test_every_job_gets_exactly_one_answer(local: Loopback) -> None:
 
 
 def test_a_job_without_an_input_is_answered_too(local: Loopback) -> None:
+    local.target.runsync(message="Hi")  # the next poll asks for a batch: only there the SDK lets them in
     jobs = local.endpoint.offer([{"id": "bare-1"}, {"id": "bare-2", "input": None}])
     for job in jobs:
         done = local.endpoint.wait(job)
