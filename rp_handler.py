@@ -285,6 +285,7 @@ def chat_body(input: dict[str, Any]) -> dict[str, Any]:
     body = {field: input[field] for field in CHAT_FIELDS if input.get(field) is not None}
     body["model"] = model_name(input.get("model"))
     body["messages"] = chat_messages(input)
+    body["stream"] = True  # always, so that a job can be stopped between two tokens
     body.setdefault("think", False)  # thinking is dead air unless it is asked for
     options = body.setdefault("options", {})
     if not isinstance(options, dict):
@@ -323,7 +324,7 @@ def chat_pieces(body: dict[str, Any], streams: bool, job: Job) -> Iterator[Piece
     thoughts: list[str] = []
     tool_calls: list[Any] = []
     last: dict[str, Any] = {}
-    for line in generate("/api/chat", body, job):
+    for line in exchange(job, "POST", "/api/chat", body):
         chunk = json.loads(line)
         if "error" in chunk:
             raise JobError(f"Ollama: {words_of(chunk)}", cure="new runner")
@@ -436,14 +437,14 @@ def openai(input: dict[str, Any], job: Job) -> Iterator[Piece]:
         raise JobError(f"Unknown route {shown(route)}; there is {', '.join(ROUTES)}.")
     if not ROUTES[known]:
         path = f"/v1/models/{model_name(name)}" if name else route
-        yield from tried(job, lambda: iter([ask("GET", path, timeout=job.left())]))
+        yield from tried(job, lambda: iter([ask(job, "GET", path)]))
         return
     if not isinstance(body, dict):
         raise JobError(f'"openai_input" must be the JSON object that {route} takes.')
     streams = wants_stream(body, job)
     body = openai_body(route, body)
     if route == "/v1/embeddings":
-        yield from tried(job, lambda: iter([ask("POST", route, body, timeout=job.left())]))
+        yield from tried(job, lambda: iter([ask(job, "POST", route, body)]))
     else:
         yield from tried(job, lambda: completion_pieces(route, body, streams, job))
 
@@ -485,13 +486,13 @@ def with_arguments(call: Any) -> Any:
 
 def completion_pieces(route: str, body: dict[str, Any], streams: bool, job: Job) -> Iterator[Piece]:
     """The frames of Ollama's stream as they come, or the one completion that they make."""
-    if body.get("tools") and not takes_tools(body["model"]):
+    if body.get("tools") and not takes_tools(body["model"], job):
         body = {field: value for field, value in body.items() if field != "tools"}
     if not streams:
         body = {**body, "stream_options": {"include_usage": True}}
     chunks: list[dict[str, Any]] = []
     finished = False
-    for line in generate(route, body, job):
+    for line in exchange(job, "POST", route, {**body, "stream": True}):
         if not line.startswith(b"data: {"):
             continue
         chunk = json.loads(line[6:])
@@ -542,19 +543,22 @@ def text_of(deltas: list[dict[str, Any]], field: str) -> Any:
     return "".join(delta.get(field) or "" for delta in deltas)
 
 
-@functools.lru_cache(maxsize=64)
-def takes_tools(model: str) -> bool:
+def takes_tools(model: str, job: Job) -> bool:
     """Whether `model` takes tools. Ollama answers 400 where it does not, which would end the call."""
-    if "tools" in capabilities(model):
-        return True
-    able = [name for name in installed() if "tools" in capabilities(name)]
-    advice = f"{able[0]} takes them" if able else "qwen2.5:7b or llama3.1:8b would take them"
-    log(f"warning: {model} takes no tools, so they are dropped; {advice}")
-    return False
+    if model not in TAKES_TOOLS:
+        TAKES_TOOLS[model] = "tools" in capabilities(model, job)
+        if not TAKES_TOOLS[model]:
+            able = [name for name in installed(job) if "tools" in capabilities(name, job)]
+            advice = f"{able[0]} takes them" if able else "qwen2.5:7b or llama3.1:8b would take them"
+            log(f"warning: {model} takes no tools, so they are dropped; {advice}")
+    return TAKES_TOOLS[model]
 
 
-def capabilities(model: str) -> list[str]:
-    return ask("POST", "/api/show", {"model": model}).get("capabilities") or []
+TAKES_TOOLS: dict[str, bool] = {}  # by model: asked once
+
+
+def capabilities(model: str, job: Job) -> list[str]:
+    return ask(job, "POST", "/api/show", {"model": model}).get("capabilities") or []
 
 
 # ---------------------------------------------------------------------------
@@ -669,7 +673,8 @@ def arguments_of(call: dict[str, Any]) -> dict[str, Any]:
 
 def function_call(message: dict[str, Any], job: Job) -> dict[str, Any]:
     """VAPI's older form of one tool call."""
-    (result,) = tool_calls({"toolCallList": [message.get("functionCall") or {}]}, job)["results"]
+    call = message.get("functionCall")
+    (result,) = tool_calls({"toolCallList": [call if isinstance(call, dict) else {}]}, job)["results"]
     return {key: result[key] for key in ("result", "error") if key in result}
 
 
@@ -766,26 +771,30 @@ def tried(job: Job, attempt: Callable[[], Iterator[Piece]]) -> Iterator[Piece]:
                 time.sleep(min(0.5 * tries, job.left()))
 
 
-def generate(path: str, body: dict[str, Any], job: Job) -> Iterator[bytes]:
-    """Posts `body` and yields the stream's lines. Closing it, or job.stop(), ends the generation.
+def exchange(job: Job, method: str, path: str, body: dict[str, Any] | None = None) -> Iterator[bytes]:
+    """Sends one request to Ollama and yields the lines of its answer as they come.
 
-    Over a socket of its own and not `requests`, so that a stop can shut it while no byte has come.
+    Closing it, or job.stop(), ends what Ollama does for it. The standard library's client, because
+    its socket is at hand for that while no byte has come, and because it is imported already: two
+    threads that import the same package, here and within the SDK, can lock each other out.
     """
-    data = request_body({**body, "stream": True})
+    data = request_body(body) if body is not None else None
     connection = http.client.HTTPConnection(OLLAMA[0], OLLAMA[1], timeout=job.left())
     try:
         connection.connect()
         wire = connection.sock
         job.holds(wire)
-        connection.request("POST", path, data, {"Content-Type": "application/json"})
+        connection.request(method, path, data, {"Content-Type": "application/json"})
         with contextlib.closing(connection.getresponse()) as response:
             if response.status != 200:
-                refuse(response.status, response.read())
+                refuse(response.status, response.read(), job)
             rest = b""
             while piece := response.read1(65536):
                 *lines, rest = (rest + piece).split(b"\n")
                 yield from filter(None, lines)
                 wire.settimeout(job.left())
+            if rest:
+                yield rest
     except (OSError, http.client.HTTPException) as error:
         job.left()  # a stop or the limit breaks the connection too: that is then the reason
         raise JobError(
@@ -795,21 +804,9 @@ def generate(path: str, body: dict[str, Any], job: Job) -> Iterator[bytes]:
         connection.close()
 
 
-def ask(method: str, path: str, body: dict[str, Any] | None = None, timeout: float = 5) -> Any:
-    """A plain question to Ollama, answered with JSON. `timeout` in s."""
-    import requests  # 0.17 s that the server's start does not wait for
-
-    try:
-        with requests.Session() as session:
-            session.trust_env = False  # no proxy for what stays in the container
-            url = f"http://{OLLAMA[0]}:{OLLAMA[1]}{path}"
-            data = request_body(body) if body is not None else None
-            response = session.request(method, url, data=data, timeout=timeout)
-            if response.status_code != 200:
-                refuse(response.status_code, response.content)
-            return response.json()
-    except requests.RequestException as error:
-        raise JobError(f"Ollama does not answer ({type(error).__name__}).", cure="new runner") from None
+def ask(job: Job, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    """A question to Ollama that is answered with one JSON value."""
+    return json.loads(b"".join(exchange(job, method, path, body)))
 
 
 def request_body(body: dict[str, Any]) -> bytes:
@@ -819,14 +816,14 @@ def request_body(body: dict[str, Any]) -> bytes:
         raise JobError("The input holds what JSON cannot: NaN, infinity, or bytes.") from None
 
 
-def refuse(status: int, content: bytes) -> NoReturn:
+def refuse(status: int, content: bytes, job: Job) -> NoReturn:
     """Raises Ollama's refusal in its own words, with what would help."""
     try:
         text = words_of(json.loads(content))
     except ValueError:
         text = content.decode("utf-8", "replace")
     if status == 404 and "not found" in text:
-        text += f"; installed: {', '.join(installed()) or 'none'}"
+        text += f"; installed: {', '.join(installed(job)) or 'none'}"
     cure = "free place" if status == 503 else "new runner" if "runner" in text else None
     raise JobError(f"Ollama ({status}): {text}", cure)
 
@@ -837,8 +834,8 @@ def words_of(body: Any) -> str:
     return str(error.get("message", error) if isinstance(error, dict) else error)
 
 
-def installed() -> list[str]:
-    return [model["name"] for model in ask("GET", "/api/tags")["models"]]
+def installed(job: Job) -> list[str]:
+    return [model["name"] for model in ask(job, "GET", "/api/tags")["models"]]
 
 
 # ---------------------------------------------------------------------------
@@ -912,8 +909,9 @@ class Server:
                     self._load(starting())
             else:
                 self._begin()
-        except JobError as error:
-            return self._fail(str(error), self._last_words)
+        except Exception as error:  # a defect too: whoever waits for the server must hear of it
+            why = str(error) if isinstance(error, JobError) else repr(error)
+            return self._fail(why, self._last_words)
         self.settled.set()
         if self.process:
             self._watch()
@@ -991,9 +989,9 @@ class Server:
 
     def _load(self, job: Job) -> None:
         try:
-            for line in generate("/api/generate", {"model": MODELS[0], "keep_alive": -1}, job):
-                if "error" in (chunk := json.loads(line)):
-                    raise JobError(words_of(chunk))
+            load = ask(job, "POST", "/api/generate", {"model": MODELS[0], "keep_alive": -1})
+            if "error" in load:
+                raise JobError(words_of(load))
         except JobError as error:
             if self.must_load:
                 raise JobError(f"{MODELS[0]} could not be loaded. {error}") from None
@@ -1037,10 +1035,10 @@ def listens() -> bool:
 
 
 def answers() -> bool:
-    """Whether an Ollama server answers at OLLAMA_HOST; a closed port is known without `requests`."""
+    """Whether an Ollama server answers at OLLAMA_HOST."""
     try:
-        return listens() and bool(ask("GET", "/api/version", timeout=2))
-    except JobError:
+        return bool(ask(Job(None, streams=False, seconds=2), "GET", "/api/version"))
+    except (JobError, ValueError):
         return False
 
 

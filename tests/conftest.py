@@ -43,14 +43,14 @@ os.environ["PATH"] = os.pathsep.join([str(TESTS), str(Path(sys.executable).paren
 sys.path.insert(0, str(PROJECT))
 
 
-def eventually(check: Callable[[], Any], seconds: float = 10) -> Any:
+def eventually(check: Callable[[], Any], seconds: float = 10, worker: Any = None) -> Any:
     """The first true value of `check`; fails when there is none within `seconds`."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if value := check():
             return value
         time.sleep(0.01)
-    raise AssertionError(f"not within {seconds} s: {check}")
+    raise AssertionError(f"not within {seconds} s: {check} {worker.log if worker else ''}")
 
 
 class Ollama:

@@ -53,7 +53,8 @@ class Worked:
         eventually(lambda: self.state().get("pid", server) != server)
 
     def ends(self, seconds: float = 20) -> int:
-        code = self.worker.process.wait(seconds)
+        eventually(lambda: self.worker.process.poll() is not None, seconds, self.worker)
+        code = self.worker.process.returncode
         eventually(lambda: processes_at(self.host) == [])
         return code
 

@@ -283,10 +283,12 @@ def test_a_result_that_is_no_text_is_written_as_json() -> None:
     [
         ({"name": "echo", "parameters": {"text": "yes"}}, {"result": "said yes"}),
         ({"name": "fail", "parameters": {}}, {"error": "fail failed: the line is dead"}),
+        (None, {"error": "There is no tool ''; there is ask_model, echo, fail, slow, table."}),
+        ("echo", {"error": "There is no tool ''; there is ask_model, echo, fail, slow, table."}),
     ],
 )
 def test_the_legacy_function_call_goes_through_the_same_table(
-    function: dict[str, Any], expected: dict[str, Any]
+    function: Any, expected: dict[str, Any]
 ) -> None:
     assert answer("function-call", functionCall=function) == expected
 
