@@ -504,8 +504,10 @@ def test_with_streaming_off_a_cancelled_job_stops_its_generation(whole: Loopback
 def test_a_burst_starts_at_once_up_to_max_concurrency_and_the_next_when_a_place_is_free(
     local: Loopback,
 ) -> None:
+    local.target.runsync(message="Hi", options={"num_predict": 1})  # the next poll asks for all places
     local.script(repeat=-1, interval_ms=50)
-    jobs = [local.endpoint.run(JOBS["an OpenAI stream"]) for _ in range(9)]
+    nine = [{"id": f"burst-{place}", "input": JOBS["an OpenAI stream"]} for place in range(9)]
+    jobs = local.endpoint.offer(nine)
     eventually(lambda: local.state() == ["running"] * 8)
     starts = [seen["started"] for seen in local.ollama.requests(*GENERATIONS)]
     assert max(starts) - min(starts) < 0.8, "one waited for the SDK's pause of 1 s"
