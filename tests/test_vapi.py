@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -381,35 +382,43 @@ class Relay:
             return False
 
 
-@pytest.fixture(scope="module")
-def relayed(
-    scripted_server: Ollama, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Relay, Endpoint]]:
-    """The relay in Node, in front of an endpoint on loopback with a real worker."""
+@contextlib.contextmanager
+def relaying(endpoint: Endpoint, folder: Path) -> Iterator[Relay]:
+    """The relay in Node, in front of `endpoint`."""
     node = shutil.which("node")
     if not node or int(subprocess.check_output([node, "-p", "parseInt(process.versions.node)"])) < 18:
         pytest.skip("the relay needs Node 18 or newer")
-    folder = tmp_path_factory.mktemp("relay")
     shutil.copy(TESTS / "relay.js", folder / "relay.mjs")
     port = free_port()
     script = folder / "serve.mjs"
     script.write_text(SERVE % ("./relay.mjs", port))
+    env = {**os.environ, "VAPI_SECRET": "s3cret", "RUNPOD_API_KEY": "key", "RUNPOD_URL": endpoint.url}
+    process = subprocess.Popen([node, str(script)], env=env)
+    try:
+        relay = Relay(port)
+        eventually(relay.listens)
+        yield relay
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def relayed(
+    scripted_server: Ollama, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Relay, Endpoint]]:
     with Endpoint(poll=1, api_key="key") as endpoint, endpoint.worker(env={}) as worker:
-        env = {
-            **os.environ,
-            "VAPI_SECRET": "s3cret",
-            "RUNPOD_API_KEY": "key",
-            "RUNPOD_URL": endpoint.url,
-        }
-        process = subprocess.Popen([node, str(script)], env=env)
-        try:
-            worker.wait_ready()
-            relay = Relay(port)
-            eventually(relay.listens)
+        worker.wait_ready()
+        with relaying(endpoint, tmp_path_factory.mktemp("relay")) as relay:
             yield relay, endpoint
-        finally:
-            process.kill()
-            process.wait()
+
+
+def test_the_relay_answers_before_vapi_gives_up(tmp_path: Path) -> None:
+    with Endpoint(api_key="key") as no_worker, relaying(no_worker, tmp_path) as relay:
+        started = time.monotonic()
+        response = relay.post({"type": "assistant-request"})
+        assert response.status_code == 200 and "No answer in time" in response.json()["error"]
+        assert time.monotonic() - started < 7.5
 
 
 @pytest.mark.parametrize(
