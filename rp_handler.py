@@ -910,8 +910,7 @@ class Server:
             else:
                 self._begin()
         except Exception as error:  # a defect too: whoever waits for the server must hear of it
-            why = str(error) if isinstance(error, JobError) else repr(error)
-            return self._fail(why, self._last_words)
+            return self._fail(reason_of(error), self._last_words)
         self.settled.set()
         if self.process:
             self._watch()
@@ -938,8 +937,8 @@ class Server:
             try:
                 self._begin()
                 self.settled.set()
-            except JobError as error:
-                log(f"warning: {error}")
+            except Exception as error:
+                log(f"warning: {reason_of(error)}")
                 self.process.kill()
 
     def _begin(self) -> None:
@@ -1007,9 +1006,8 @@ class Server:
         log(f"error: {reason}")
         for line in last_words:
             log(f"ollama: {line.decode('utf-8', 'replace').rstrip()}")
-        self.ended = (
-            self.must_load
-        )  # on RunPod the worker is replaced; on a laptop the next job tries anew
+        # On RunPod the worker is replaced; on a laptop the next job tries anew.
+        self.ended = self.must_load
         self.failure = reason
         self.settled.set()
         self.on_failure()
@@ -1019,6 +1017,10 @@ class Server:
         assert self.process
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def reason_of(error: Exception) -> str:
+    return str(error) if isinstance(error, JobError) else repr(error)
 
 
 def starting() -> Job:
@@ -1044,13 +1046,15 @@ def answers() -> bool:
 
 def end_with_parent(signum: int, parent: int) -> None:
     """In a child before its exec: lets the kernel signal it when its parent ends, even by SIGKILL."""
-    if LIBC:
-        LIBC.prctl(1, signum)  # PR_SET_PDEATHSIG, of Linux only
+    if PRCTL:
+        PRCTL(1, signum)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:
             os._exit(1)
 
 
-LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+# Of Linux only. Looked up here and not in the child, where the linker's lock may be held for ever by a
+# thread that is not there: the SDK's import loads libraries while the server is started.
+PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 server = Server()
 
 # ---------------------------------------------------------------------------
@@ -1271,12 +1275,13 @@ def main() -> None:
         server.start()  # loads the model while the SDK is imported, which takes 1.5 s
         import runpod
 
-        if not local:
+        if local:
+            server.settled.wait()
+            if server.failure:
+                raise SystemExit(1)
+            runpod.serverless.start({"handler": plain_handler})
+        else:
             serve_queue()
-        server.settled.wait()
-        if server.failure:
-            raise SystemExit(1)
-        runpod.serverless.start({"handler": plain_handler})
     finally:
         server.stop()
 
