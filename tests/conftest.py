@@ -6,13 +6,16 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,6 +46,9 @@ for name in [
 os.environ["OLLAMA_HOST"] = f"127.0.0.1:{free_port()}"
 os.environ["MODELS"] = "llama3:latest qwen2.5:7b"
 os.environ["REQUEST_TIMEOUT"] = "5"
+# Not the models in somebody's home, such as those that try.sh has pulled.
+os.environ["OLLAMA_MODELS"] = tempfile.mkdtemp(prefix="no-models-")
+atexit.register(shutil.rmtree, os.environ["OLLAMA_MODELS"], ignore_errors=True)
 os.environ["PATH"] = os.pathsep.join([str(TESTS), str(Path(sys.executable).parent), os.environ["PATH"]])
 sys.path.insert(0, str(PROJECT))
 
