@@ -15,6 +15,16 @@ What a job's `input` may be:
     {"openai_route": "/v1/chat/completions", "openai_input": {…}}    # RunPod's OpenAI route
 The answer is one JSON object, or frames as they come where the job asks for a stream.
 Whatever fails is answered {"error": "<one line>", "status": "error"}.
+
+Who runs at the same time:
+    the main thread    on RunPod the event loop of Queue: takes jobs, posts what comes of them, hears
+                       stops. It owns the list of jobs, blocks nowhere, and alone ends the worker: `end`.
+    a thread a job     runs `answer`, the sync core; `bridge` hands its pieces to the loop. It owns its
+                       Job, which any thread may `stop`; tools of a VAPI message have threads beside it.
+    the keeper         a thread that finds or starts, loads and watches `ollama serve`. It owns Server's
+                       state; jobs and the main thread wait for its `up` or `failed`.
+    other processes    `ollama serve`, its runner for each loaded model, and the SDK's pings.
+Each request to Ollama has a connection of its own: to shut its socket ends the generation.
 """
 
 from __future__ import annotations
@@ -25,12 +35,11 @@ import atexit
 import collections
 import contextlib
 import contextvars
-import ctypes
 import functools
-import http.client
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -41,18 +50,23 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import datetime
+from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import urlsplit
 
-# What leaves for the caller: an SSE frame of the OpenAI route, or an object.
-Piece = str | dict[str, Any]
+if TYPE_CHECKING:  # imported where it is used: `ollama serve` starts before anything heavy is
+    import requests
 
-# ---------------------------------------------------------------------------
-# Settings: each from the environment, read once; the README lists them
-# ---------------------------------------------------------------------------
+Piece = (
+    str | dict[str, Any]
+)  # what leaves for the caller: an SSE frame of the OpenAI route, or an object
+
+# ---- Settings: each from the environment, read once; the README lists them ---------------------------
 
 ON_RUNPOD = "RUNPOD_WEBHOOK_GET_JOB" in os.environ  # set on the platform only: the SDK's own test
 
@@ -65,22 +79,16 @@ os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")  # the SDK's default logs ever
 
 
 def setting(name: str, default: str, read: Callable[[str], Any], form: str) -> Any:
-    """The value of environment variable `name`; a value that `read` refuses stops the start."""
+    """The value of environment variable `name`; one that `read` refuses, or a number that is not above
+    zero, stops the start."""
     text = os.environ.get(name, "").strip() or default
     try:
-        return read(text)
-    except (ValueError, KeyError):
-        raise SystemExit(f"{name} must be {form}, not {text!r}.") from None
-
-
-def above_zero(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    def read(text: str) -> Any:
-        value = kind(text)
-        if not 0 < value < math.inf:
+        value = read(text)
+        if type(value) in (int, float) and not 0 < value < math.inf:
             raise ValueError
         return value
-
-    return read
+    except (ValueError, KeyError):
+        raise SystemExit(f"{name} must be {form}, not {text!r}.") from None
 
 
 def host_and_port(text: str) -> tuple[str, int]:
@@ -93,11 +101,12 @@ def host_and_port(text: str) -> tuple[str, int]:
 
 
 OLLAMA = setting("OLLAMA_HOST", "127.0.0.1:11434", host_and_port, "host:port, spoken to over http")
+ADDRESS = f"[{OLLAMA[0]}]:{OLLAMA[1]}" if ":" in OLLAMA[0] else f"{OLLAMA[0]}:{OLLAMA[1]}"
 MODELS = setting("MODELS", "llama3:latest qwen2.5:7b", str.split, "model names, blanks between them")
-MAX_CONCURRENCY = setting("MAX_CONCURRENCY", "8", above_zero(int), "a whole number above 0")
-MAX_TOKENS = setting("MAX_TOKENS", "1024", above_zero(int), "a whole number above 0")
-REQUEST_TIMEOUT = setting("REQUEST_TIMEOUT", "50", above_zero(float), "seconds above 0")
-STARTUP_TIMEOUT = setting("STARTUP_TIMEOUT", "300", above_zero(float), "seconds above 0")
+MAX_CONCURRENCY = setting("MAX_CONCURRENCY", "8", int, "a whole number above 0")
+MAX_TOKENS = setting("MAX_TOKENS", "1024", int, "a whole number above 0")
+REQUEST_TIMEOUT = setting("REQUEST_TIMEOUT", "50", float, "seconds above 0")
+STARTUP_TIMEOUT = setting("STARTUP_TIMEOUT", "300", float, "seconds above 0")
 STREAMING = setting(
     "STREAMING", "true", lambda text: {"true": True, "false": False}[text.lower()], "true or false"
 )
@@ -110,9 +119,7 @@ SYSTEM_PROMPT = os.environ.get(
     "You are a helpful assistant on a phone call. Answer briefly, in plain spoken sentences.",
 )
 
-# ---------------------------------------------------------------------------
-# The handler: one job in, one answer out
-# ---------------------------------------------------------------------------
+# ---- The handler: one job in, one answer out ---------------------------------------------------------
 
 
 class JobError(Exception):
@@ -124,21 +131,38 @@ class JobError(Exception):
 
 
 class Job:
-    """One job under way: its limit of time, its open connection, and what its log line tells."""
+    """One job under way: its limit of time, its connections to Ollama, and what its log line tells.
+
+    `with` bounds it: at the limit and at the end its connections are shut, whatever hangs or trickles.
+    """
 
     def __init__(
-        self, event: Any, streams: bool, seconds: float = REQUEST_TIMEOUT, limit: str = "REQUEST_TIMEOUT"
+        self,
+        event: Any = None,
+        streams: bool = False,
+        seconds: float = REQUEST_TIMEOUT,
+        limit: str = "REQUEST_TIMEOUT",
     ):
-        self.id = event.get("id") if isinstance(event, dict) else None
+        self.id = str(event.get("id", "-")) if isinstance(event, dict) else "-"
         self.streams = streams  # whether pieces can reach the caller one by one
+        self.streamed = False  # whether they do
         self.kind, self.model, self.tokens = "-", "-", 0
         self.started = time.monotonic()
-        self.first_token: float | None = None
-        self.seconds, self.limit = seconds, limit
-        self.parts: list[Job] = []  # tool calls under way, which end with the job
+        self.first_token: float | None = None  # of a stream
         self.stopped = False
-        self._connection: socket.socket | None = None
+        self.seconds, self.limit = seconds, limit
+        self._sockets: list[socket.socket] = []
         self._lock = threading.Lock()
+        self._timer = threading.Timer(seconds, self._shut)
+        self._timer.daemon = True
+
+    def __enter__(self) -> Job:
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+        self.stop()
 
     def left(self) -> float:
         """Seconds until the job's limit; raises JobError at the limit and once the job is stopped."""
@@ -146,39 +170,30 @@ class Job:
         if self.stopped:
             raise JobError("The job was cancelled.")
         if left <= 0:
-            raise JobError(
-                f"Not done within {self.limit}={self.seconds:g} s: ask for less, or raise it."
-            )
+            limit = f"{self.limit}={self.seconds:g} s"
+            raise JobError(f"Not done within {limit}: ask for less, or raise it.")
         return left
-
-    def part(self) -> Job:
-        """A job within this one, with a connection of its own and the same end."""
-        part = Job({"id": self.id}, streams=False)
-        part.started = self.started
-        self.parts.append(part)
-        if self.stopped:
-            part.stop()
-        return part
 
     def holds(self, connection: socket.socket) -> None:
         with self._lock:
-            self._connection = connection
-        self.left()  # a stop that came just before found no connection to shut
+            self._sockets.append(connection)
+        self.left()  # a stop that came just before found no socket to shut
+
+    def token(self, chunk: dict[str, Any]) -> None:
+        self.model = chunk.get("model", "-")
+        self.tokens += 1
+        self.first_token = self.first_token or time.monotonic()
 
     def stop(self) -> None:
         """Ends the job's generation at once, from any thread: Ollama stops when its client is gone."""
         self.stopped = True
-        with self._lock:
-            if self._connection:
-                with contextlib.suppress(OSError):
-                    self._connection.shutdown(socket.SHUT_RDWR)
-        for part in self.parts:
-            part.stop()
+        self._shut()
 
-    def token(self, model: str) -> None:
-        self.model = model
-        self.tokens += 1
-        self.first_token = self.first_token or time.monotonic()
+    def _shut(self) -> None:
+        with self._lock:
+            for connection in self._sockets:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
 
 
 def handler(event: dict[str, Any]) -> dict[str, Any]:
@@ -186,44 +201,42 @@ def handler(event: dict[str, Any]) -> dict[str, Any]:
 
     Never raises and never streams. A failure is {"error": "<one line>", "status": "error"}.
     """
-    *_, last = answer(event, Job(event, streams=False))
+    *_, last = answer(event, Job(event))
     return last  # type: ignore[return-value]
 
 
 def answer(event: Any, job: Job) -> Iterator[Piece]:
     """The core of every mode: yields a job's pieces; here alone an error becomes the answer."""
     status = "error"
-    try:
-        yield from map(sendable, dispatch(event, job))
-        status = "success"
-    except JobError as error:
-        status = "stopped" if job.stopped else "error"
-        yield failure(str(error))
-    except RecursionError:
-        yield failure("The input is nested too deeply; send it flatter.")
-    except Exception as error:
-        # A defect. Its text may hold a caller's words, so the log names only its place.
-        *_, place = traceback.walk_tb(error.__traceback__)
-        where = f"{type(error).__name__} in line {place[1]}"
-        log(f"defect: {where}", job)
-        yield failure(f"The worker failed on this job ({where}); please report it.")
-    finally:
-        log_job(job, status)
+    with job:
+        try:
+            yield from map(sendable, dispatch(event, job))
+            status = "success"
+        except JobError as error:
+            status = "stopped" if job.stopped else status
+            yield failure(str(error))
+        except RecursionError:
+            yield failure("The input is nested too deeply; send it flatter.")
+        except Exception as error:
+            # A defect. Its text may hold a caller's words, so the log names only its place.
+            *_, place = traceback.walk_tb(error.__traceback__)
+            where = f"{type(error).__name__} in line {place[1]}"
+            log(f"defect: {where}", job)
+            yield failure(f"The worker failed on this job ({where}); please report it.")
+        finally:
+            log_job(job, status)
 
 
 def dispatch(event: Any, job: Job) -> Iterator[Piece]:
-    input = event.get("input") if isinstance(event, dict) else None
-    if not isinstance(input, dict):
+    job_input = event.get("input") if isinstance(event, dict) else None
+    if not isinstance(job_input, dict):
         raise JobError('A job needs an "input" object, such as {"input": {"message": "Hello"}}.')
-    kinds = {"chat": chat, "vapi_webhook": vapi_webhook}
-    kind = input.get("type", "chat")
-    if input.get("openai_route") is not None:
-        job.kind = "openai"
-        return openai(input, job)
+    kinds = {"chat": chat, "vapi_webhook": vapi_webhook, "openai": openai_route}
+    kind = "openai" if job_input.get("openai_route") is not None else job_input.get("type", "chat")
     if not isinstance(kind, str) or kind not in kinds:
         raise JobError(f'Unknown type {shown(kind)}; "type" can be "chat" or "vapi_webhook".')
     job.kind = kind
-    return kinds[kind](input, job)
+    return kinds[kind](job_input, job)
 
 
 def failure(text: str) -> dict[str, Any]:
@@ -235,11 +248,13 @@ def one_line(text: str) -> str:
 
 
 def sendable(piece: Piece) -> Piece:
-    """The piece without what the SDK cannot post (it would post nothing): lone surrogates, NaN."""
-    if isinstance(piece, str):
+    """The piece without what cannot be posted, where it holds any: lone surrogates, NaN."""
+    try:
+        json.dumps(piece, ensure_ascii=False, allow_nan=False).encode()
         return piece
-    text = json.dumps(piece, ensure_ascii=False).encode("utf-8", "replace")
-    return json.loads(text, parse_constant=lambda _: None)
+    except ValueError:
+        text = json.dumps(piece, ensure_ascii=False).encode("utf-8", "replace")
+        return json.loads(text, parse_constant=lambda _: None)
 
 
 def shown(value: Any) -> str:
@@ -254,38 +269,35 @@ def log(text: str, job: Job | None = None) -> None:
 
 def log_job(job: Job, status: str) -> None:
     """One line a job, and nothing of its content: not even a model's name that no model answers to."""
+    now = time.monotonic()
     line = f"kind={job.kind} model={job.model} status={status}"
+    line += f" seconds={now - job.started:.2f} tokens={job.tokens}"
     if job.first_token:
-        seconds = time.monotonic() - job.first_token
-        first_ms = 1000 * (job.first_token - job.started)
-        line += f" first_token_ms={first_ms:.0f} tokens={job.tokens}"
-        line += f" tokens_per_s={job.tokens / seconds:.1f}" if seconds else ""
+        line += f" first_token_ms={1000 * (job.first_token - job.started):.0f}"
+        line += f" tokens_per_s={job.tokens / (now - job.first_token):.1f}"
     log(line, job)
 
 
-# ---------------------------------------------------------------------------
-# Chat jobs
-# ---------------------------------------------------------------------------
+# ---- Chat jobs ---------------------------------------------------------------------------------------
 
 CHAT_FIELDS = ("options", "format", "tools", "think")  # go to Ollama as they are
 
 
-def chat(input: dict[str, Any], job: Job) -> Iterator[Piece]:
+def chat(job_input: dict[str, Any], job: Job) -> Iterator[Piece]:
     """Yields {"status", "response", "model", "usage", "timings", "thinking"?, "tool_calls"?}.
 
     With "stream": true, {"response": "<text>"} for each token and a last piece without "response".
     Shapes: https://github.com/ollama/ollama/blob/main/docs/api.md
     """
-    body = chat_body(input)
-    streams = wants_stream(input, job)
-    yield from tried(job, lambda: chat_pieces(body, streams, job))
+    body = chat_body(job_input)
+    body["stream"] = streams(job_input, job)
+    return tried(job, chat_pieces if body["stream"] else chat_whole, body)
 
 
-def chat_body(input: dict[str, Any]) -> dict[str, Any]:
-    body = {field: input[field] for field in CHAT_FIELDS if input.get(field) is not None}
-    body["model"] = model_name(input.get("model"))
-    body["messages"] = chat_messages(input)
-    body["stream"] = True  # always, so that a job can be stopped between two tokens
+def chat_body(job_input: dict[str, Any]) -> dict[str, Any]:
+    body = {field: job_input[field] for field in CHAT_FIELDS if job_input.get(field) is not None}
+    body["model"] = model_name(job_input.get("model"))
+    body["messages"] = chat_messages(job_input)
     body.setdefault("think", False)  # thinking is dead air unless it is asked for
     options = body.setdefault("options", {})
     if not isinstance(options, dict):
@@ -294,80 +306,66 @@ def chat_body(input: dict[str, Any]) -> dict[str, Any]:
     return body
 
 
-def chat_messages(input: dict[str, Any]) -> list[dict[str, Any]]:
-    message, messages, system = (input.get(name) for name in ("message", "messages", "system"))
+def chat_messages(job_input: dict[str, Any]) -> list[dict[str, Any]]:
+    message, messages, system = (job_input.get(name) for name in ("message", "messages", "system"))
     if (message is None) == (messages is None):
         raise JobError('A chat needs "message", a text, or "messages", a list of turns (not both).')
     if message is not None:
         if not isinstance(message, str) or not message.strip():
             raise JobError('"message" must be a text that is not empty.')
         messages = [{"role": "user", "content": message}]
-    turns = turns_of(messages)
-    if system is not None and not isinstance(system, str):
-        raise JobError('"system" must be a text.')
-    if system is None and not any(turn["role"] == "system" for turn in turns):
-        system = SYSTEM_PROMPT
-    return [{"role": "system", "content": system}, *turns] if system else turns
-
-
-def turns_of(messages: Any) -> list[dict[str, Any]]:
     if not isinstance(messages, list) or not messages:
         raise JobError('"messages" must be a list of turns that is not empty.')
     for turn in messages:
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
             raise JobError('Each of "messages" must be like {"role": "user", "content": "…"}.')
-    return messages
+    if system is not None and not isinstance(system, str):
+        raise JobError('"system" must be a text.')
+    if system is None and not any(turn["role"] == "system" for turn in messages):
+        system = SYSTEM_PROMPT
+    return [{"role": "system", "content": system}, *messages] if system else messages
 
 
-def chat_pieces(body: dict[str, Any], streams: bool, job: Job) -> Iterator[Piece]:
-    texts: list[str] = []
-    thoughts: list[str] = []
-    tool_calls: list[Any] = []
-    last: dict[str, Any] = {}
+def chat_whole(job: Job, body: dict[str, Any]) -> Iterator[Piece]:
+    whole = ask(job, "POST", "/api/chat", body)
+    if not whole.get("done"):
+        raise JobError(BROKEN_OFF, cure="new runner")
+    yield chat_answer(whole, whole.get("message") or {}, job)
+
+
+def chat_pieces(job: Job, body: dict[str, Any]) -> Iterator[Piece]:
+    thinking = ""
+    calls: list[Any] = []
     for line in exchange(job, "POST", "/api/chat", body):
-        chunk = json.loads(line)
-        if "error" in chunk:
-            raise JobError(f"Ollama: {words_of(chunk)}", cure="new runner")
+        chunk = parsed(line)
         message = chunk.get("message") or {}
-        thoughts.append(message.get("thinking") or "")
-        tool_calls += message.get("tool_calls") or []
+        thinking += message.get("thinking") or ""
+        calls += message.get("tool_calls") or []
         if chunk.get("done"):
-            last = chunk
-        else:
-            job.token(chunk["model"])
+            yield chat_answer(chunk, {"thinking": thinking, "tool_calls": calls}, job)
+            return
+        job.token(chunk)
         if text := message.get("content"):
-            texts.append(text)
-            if streams:
-                yield {"response": text}
-    if not last:
-        raise JobError("Ollama's answer broke off before its end; try again.", cure="new runner")
-    job.tokens = last.get("eval_count", job.tokens)
-    yield {
-        "status": "success",
-        **({} if streams else {"response": "".join(texts)}),
-        "model": last["model"],
-        **({"thinking": "".join(thoughts)} if any(thoughts) else {}),
-        **({"tool_calls": tool_calls} if tool_calls else {}),
-        **counts(last),
-    }
+            yield {"response": text}
+    raise JobError(BROKEN_OFF, cure="new runner")
 
 
-def counts(last: dict[str, Any]) -> dict[str, Any]:
-    """Tokens and times (s) from the closing line of /api/chat, whose durations are in ns."""
+def chat_answer(last: dict[str, Any], message: dict[str, Any], job: Job) -> dict[str, Any]:
+    """The answer, or a stream's last piece, from Ollama's counts of tokens and of ns."""
     prompt, completion = last.get("prompt_eval_count", 0), last.get("eval_count", 0)
-    durations = {
-        "load_s": "load_duration",
-        "prompt_s": "prompt_eval_duration",
-        "generate_s": "eval_duration",
-        "total_s": "total_duration",
-    }
+    times = {"load_s": "load", "prompt_s": "prompt_eval", "generate_s": "eval", "total_s": "total"}
+    job.model, job.tokens = last["model"], completion
     return {
+        "status": "success",
+        **({"response": message["content"]} if "content" in message else {}),
+        "model": last["model"],
+        **{field: message[field] for field in ("thinking", "tool_calls") if message.get(field)},
         "usage": {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
         },
-        "timings": {name: last.get(field, 0) / 1e9 for name, field in durations.items()},
+        "timings": {name: last.get(f"{part}_duration", 0) / 1e9 for name, part in times.items()},
     }
 
 
@@ -376,7 +374,7 @@ def model_name(name: Any) -> str:
     if name in (None, ""):
         return MODELS[0]
     part = r"[A-Za-z0-9][\w.-]*"
-    if not isinstance(name, str) or not re.fullmatch(rf"({part}/){{0,2}}{part}(:{part})?", name):
+    if not isinstance(name, str) or not re.fullmatch(rf"({part}/){{0,2}}{part}(:{part})?", name, re.A):
         raise JobError(f'"model" must be a model\'s name, such as {MODELS[0]!r}, not {shown(name)}.')
     if name.endswith(("-cloud", ":cloud")):  # Ollama would send the prompt to ollama.com
         raise JobError(f"{shown(name)} is a cloud model; this worker answers with its own models only.")
@@ -388,21 +386,17 @@ def max_tokens(wanted: Any) -> Any:
     return MAX_TOKENS if wanted is None or (isinstance(wanted, (int, float)) and wanted <= 0) else wanted
 
 
-def wants_stream(body: dict[str, Any], job: Job) -> bool:
-    stream = body.get("stream") or False
-    if not isinstance(stream, bool):
+def streams(body: dict[str, Any], job: Job) -> bool:
+    job.streamed = body.get("stream") or False
+    if not isinstance(job.streamed, bool):
         raise JobError('"stream" must be true or false.')
-    if stream and not job.streams:  # a plain answer where a stream is due is silence on a call
-        raise JobError(
-            '"stream": true works only on a RunPod endpoint that runs with STREAMING=true; '
-            'leave "stream" out here.'
-        )
-    return stream
+    if job.streamed and not job.streams:  # a plain answer where a stream is due is silence on a call
+        where = "only on a RunPod endpoint that runs with STREAMING=true"
+        raise JobError(f'"stream": true works {where}; leave "stream" out here.')
+    return job.streamed
 
 
-# ---------------------------------------------------------------------------
-# The OpenAI route, which VAPI's custom-llm calls
-# ---------------------------------------------------------------------------
+# ---- The OpenAI route, which VAPI's custom-llm calls -------------------------------------------------
 
 # What may pass, and the fields that Ollama knows in its body; a route without fields is a GET.
 ROUTES: dict[str, list[str]] = {
@@ -419,14 +413,15 @@ ROUTES: dict[str, list[str]] = {
     ).split(),
     "/v1/embeddings": "model input dimensions encoding_format".split(),
 }
+TAKES_TOOLS: dict[str, bool] = {}  # by model: asked once
 
 
-def openai(input: dict[str, Any], job: Job) -> Iterator[Piece]:
+def openai_route(job_input: dict[str, Any], job: Job) -> Iterator[Piece]:
     """Answers {"openai_route", "openai_input"} as Ollama's own /v1 does: SSE frames, or one object.
 
     Shapes: https://github.com/ollama/ollama/blob/main/docs/api/openai-compatibility.mdx
     """
-    route, body = input["openai_route"], input.get("openai_input")
+    route, sent = job_input["openai_route"], job_input.get("openai_input")
     if not isinstance(route, str):
         raise JobError(f'"openai_route" must be a path such as "/v1/models", not {shown(route)}.')
     # Users paste a URL that already ends so, and VAPI's client adds the path again.
@@ -437,16 +432,12 @@ def openai(input: dict[str, Any], job: Job) -> Iterator[Piece]:
         raise JobError(f"Unknown route {shown(route)}; there is {', '.join(ROUTES)}.")
     if not ROUTES[known]:
         path = f"/v1/models/{model_name(name)}" if name else route
-        yield from tried(job, lambda: iter([ask(job, "GET", path)]))
-        return
-    if not isinstance(body, dict):
+        return tried(job, lambda job, _: iter([ask(job, "GET", path)]), {})
+    if not isinstance(sent, dict):
         raise JobError(f'"openai_input" must be the JSON object that {route} takes.')
-    streams = wants_stream(body, job)
-    body = openai_body(route, body)
-    if route == "/v1/embeddings":
-        yield from tried(job, lambda: iter([ask(job, "POST", route, body)]))
-    else:
-        yield from tried(job, lambda: completion_pieces(route, body, streams, job))
+    body = openai_body(route, sent)
+    attempt = completion_frames if streams(body, job) else completion
+    return tried(job, functools.partial(attempt, route), body)
 
 
 def openai_body(route: str, sent: dict[str, Any]) -> dict[str, Any]:
@@ -484,106 +475,63 @@ def with_arguments(call: Any) -> Any:
     return {**call, "function": {**function, "arguments": arguments}}
 
 
-def completion_pieces(route: str, body: dict[str, Any], streams: bool, job: Job) -> Iterator[Piece]:
-    """The frames of Ollama's stream as they come, or the one completion that they make."""
-    if body.get("tools") and not takes_tools(body["model"], job):
-        body = {field: value for field, value in body.items() if field != "tools"}
-    if not streams:
-        body = {**body, "stream_options": {"include_usage": True}}
-    chunks: list[dict[str, Any]] = []
+def completion(route: str, job: Job, body: dict[str, Any]) -> Iterator[Piece]:
+    whole = ask(job, "POST", route, without_idle_tools(body, job))
+    job.model = whole.get("model", "-")
+    job.tokens = (whole.get("usage") or {}).get("completion_tokens", 0)
+    yield whole
+
+
+def completion_frames(route: str, job: Job, body: dict[str, Any]) -> Iterator[Piece]:
     finished = False
-    for line in exchange(job, "POST", route, {**body, "stream": True}):
+    for line in exchange(job, "POST", route, without_idle_tools(body, job)):
         if not line.startswith(b"data: {"):
             continue
-        chunk = json.loads(line[6:])
-        if "error" in chunk:
-            raise JobError(f"Ollama: {words_of(chunk)}", cure="new runner")
+        chunk = parsed(line[6:])
         if not chunk.get("model"):  # the last frame of a runner that died; no word of it else
             break
-        if any(choice.get("finish_reason") for choice in chunk["choices"]):
+        choices = chunk.get("choices") or []
+        if any(choice.get("finish_reason") for choice in choices):
             finished = True
-        elif chunk["choices"]:
-            job.token(chunk["model"])
-        if streams:
-            yield line.decode("utf-8", "replace") + "\n\n"
-        else:
-            chunks.append(chunk)
+        elif choices:
+            job.token(chunk)
+        yield line.decode("utf-8", "replace") + "\n\n"
     if not finished:
-        raise JobError("Ollama's answer broke off before its end; try again.", cure="new runner")
-    yield "data: [DONE]\n\n" if streams else joined(chunks)
+        raise JobError(BROKEN_OFF, cure="new runner")
+    yield "data: [DONE]\n\n"
 
 
-def joined(chunks: list[dict[str, Any]]) -> dict[str, Any]:
-    """One completion from the chunks of its stream, as /v1 answers without `stream`."""
-    last = chunks[-1]
-    choices = [choice for chunk in chunks for choice in chunk["choices"]]
-    choice: dict[str, Any] = {"index": 0}
-    if last["object"] == "text_completion":
-        choice["text"] = "".join(part.get("text") or "" for part in choices)
-    else:
-        deltas = [part.get("delta") or {} for part in choices]
-        message = {"role": "assistant", "content": text_of(deltas, "content")}
-        if reasoning := text_of(deltas, "reasoning"):
-            message["reasoning"] = reasoning
-        if tool_calls := [call for delta in deltas for call in delta.get("tool_calls") or []]:
-            message["tool_calls"] = tool_calls
-        choice["message"] = message
-    choice["finish_reason"] = next(part["finish_reason"] for part in choices if part["finish_reason"])
-    if logprobs := [part["logprobs"] for part in choices if part.get("logprobs")]:
-        choice["logprobs"] = {"content": [one for part in logprobs for one in part["content"]]}
-    return {
-        **{field: last[field] for field in ("id", "created", "model", "system_fingerprint")},
-        "object": last["object"].removesuffix(".chunk"),
-        "choices": [choice],
-        "usage": last.get("usage"),
-    }
-
-
-def text_of(deltas: list[dict[str, Any]], field: str) -> Any:
-    return "".join(delta.get(field) or "" for delta in deltas)
-
-
-def takes_tools(model: str, job: Job) -> bool:
-    """Whether `model` takes tools. Ollama answers 400 where it does not, which would end the call."""
-    if model not in TAKES_TOOLS:
-        TAKES_TOOLS[model] = "tools" in capabilities(model, job)
+def without_idle_tools(body: dict[str, Any], job: Job) -> dict[str, Any]:
+    """The body, less its tools where its model takes none: Ollama's 400 would end the call."""
+    model = body["model"]
+    if body.get("tools") and model not in TAKES_TOOLS:
+        shows = ask(job, "POST", "/api/show", {"model": model})
+        TAKES_TOOLS[model] = "tools" in (shows.get("capabilities") or [])
         if not TAKES_TOOLS[model]:
-            able = [name for name in installed(job) if "tools" in capabilities(name, job)]
-            advice = f"{able[0]} takes them" if able else "qwen2.5:7b or llama3.1:8b would take them"
-            log(f"warning: {model} takes no tools, so they are dropped; {advice}")
-    return TAKES_TOOLS[model]
+            log(f"warning: {model} takes no tools, so they are dropped; qwen2.5:7b would take them")
+    return body if TAKES_TOOLS.get(model) else {key: body[key] for key in body if key != "tools"}
 
 
-TAKES_TOOLS: dict[str, bool] = {}  # by model: asked once
+# ---- VAPI's server messages: https://docs.vapi.ai/server-url/events ----------------------------------
 
 
-def capabilities(model: str, job: Job) -> list[str]:
-    return ask(job, "POST", "/api/show", {"model": model}).get("capabilities") or []
-
-
-# ---------------------------------------------------------------------------
-# VAPI's server messages: https://docs.vapi.ai/server-url/events
-# ---------------------------------------------------------------------------
-
-
-def vapi_webhook(input: dict[str, Any], job: Job) -> Iterator[Piece]:
+def vapi_webhook(job_input: dict[str, Any], job: Job) -> Iterator[Piece]:
     """Yields {"status", "vapi_response", "call_id"} for `webhook_data`: VAPI's own body, or a text.
 
     `vapi_response` is the object that VAPI wants, or the model's answer to the text.
     """
-    data = input.get("webhook_data")
+    data = job_input.get("webhook_data")
     message = data.get("message") if isinstance(data, dict) else None
-    if not isinstance(message, (str, dict)):
-        raise JobError(
-            '"webhook_data" must be VAPI\'s body, {"message": {"type": …}}, or {"message": "a text"}.'
-        )
     if isinstance(message, str):
         speaking_for.set(job)
         response: Any = ask_model(message)
-    else:
+    elif isinstance(message, dict):
         response = VAPI_MESSAGES.get(str(message.get("type")), {})  # a type only told, or a new one
         if callable(response):
             response = response(message, job)
+    else:
+        forms = '{"message": {"type": …}}, or {"message": "a text"}'
+        raise JobError(f'"webhook_data" must be VAPI\'s body, {forms}.')
     yield {"status": "success", "vapi_response": response, "call_id": call_id_of(message, data)}
 
 
@@ -610,57 +558,40 @@ def tool_calls(message: dict[str, Any], job: Job) -> dict[str, Any]:
     """Runs the calls of one message; {"results": […]} in the order of the calls."""
     listed = message.get("toolCallList")
     calls = [call for call in listed if isinstance(call, dict)] if isinstance(listed, list) else []
+    pool = ThreadPoolExecutor(32)
+    results = [pool.submit(tool_result, call, job) for call in calls]
+    wait(results, min(TOOL_SECONDS, job.left()))
     late = {"error": f"The tool took longer than {TOOL_SECONDS} s."}
-    results = [late for _ in calls]
-    parts = [job.part() for _ in calls]
-    places = iter(range(len(calls)))  # shared by the threads: each takes the next
-
-    def run() -> None:
-        for place in places:
-            speaking_for.set(parts[place])
-            results[place] = tool_result(calls[place])
-
-    end = time.monotonic() + min(TOOL_SECONDS, job.left())
-    threads = [threading.Thread(target=run, daemon=True) for _ in calls[:32]]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(max(0, end - time.monotonic()))
-    answered = list(results)
-    for part in parts:
-        part.stop()
+    answers = [result.result() if result.done() else late for result in results]
+    pool.shutdown(wait=False, cancel_futures=True)  # a model that still speaks ends with the job
     job.left()
-    return {
-        "results": [
-            {"toolCallId": call.get("id", ""), "name": name_of(call), **result}
-            for call, result in zip(calls, answered, strict=True)
-        ]
-    }
+    names = [{"toolCallId": call.get("id", ""), "name": called(call)[0]} for call in calls]
+    return {"results": [{**name, **one} for name, one in zip(names, answers, strict=True)]}
 
 
-def tool_result(call: dict[str, Any]) -> dict[str, str]:
+def tool_result(call: dict[str, Any], job: Job) -> dict[str, str]:
     """{"result": text} of one call, or {"error": text}: the model never makes an answer up."""
-    name = name_of(call)
+    name, arguments = called(call)
     if name not in TOOLS:
         return {"error": one_line(f"There is no tool {shown(name)}; there is {', '.join(TOOLS)}.")}
+    speaking_for.set(job)
     try:
-        result = TOOLS[name](**arguments_of(call))
+        result = TOOLS[name](**as_object(arguments))
         return {"result": one_line(result if isinstance(result, str) else json.dumps(result))}
     except Exception as error:
         return {"error": one_line(f"{name} failed: {error}")}
 
 
-def name_of(call: dict[str, Any]) -> str:
-    function = call.get("function")
-    name = (function if isinstance(function, dict) else call).get("name")
-    return name if isinstance(name, str) else ""
-
-
-def arguments_of(call: dict[str, Any]) -> dict[str, Any]:
-    """A call's arguments: VAPI sends an object or JSON text, inside `function` or flat."""
+def called(call: dict[str, Any]) -> tuple[str, Any]:
+    """A call's name and arguments, which VAPI sends inside `function` or flat."""
     function = call.get("function")
     function = function if isinstance(function, dict) else call
-    arguments = function.get("arguments", function.get("parameters"))
+    name = function.get("name")
+    return name if isinstance(name, str) else "", function.get("arguments", function.get("parameters"))
+
+
+def as_object(arguments: Any) -> dict[str, Any]:
+    """VAPI sends an object, or JSON text."""
     if isinstance(arguments, str) and arguments.strip():
         try:
             arguments = json.loads(arguments)
@@ -708,28 +639,21 @@ def handoff(_message: dict[str, Any], _job: Job) -> dict[str, Any]:
 def end_of_call(message: dict[str, Any], job: Job) -> dict[str, Any]:
     """Logs how a call ended: identifiers and a number, nothing that was said."""
     call_id, reason = identifier(call_id_of(message, None)), identifier(message.get("endedReason"))
-    log(f"call={call_id} ended: {reason} after {duration_of(message)} s", job)
+    seconds = message.get("durationSeconds")  # in captures; VAPI's schema has only the two times
+    with contextlib.suppress(KeyError, AttributeError, ValueError, TypeError):
+        times = [message[key].replace("Z", "+00:00") for key in ("startedAt", "endedAt")]
+        started, ended = map(datetime.fromisoformat, times)
+        seconds = (ended - started).total_seconds()
+    log(
+        f"call={call_id} ended: {reason} after {seconds if type(seconds) in (int, float) else '-'} s",
+        job,
+    )
     return {}
 
 
 def identifier(value: Any) -> str:
     """`value` for the log, if it can only be an identifier and not somebody's words."""
     return value if isinstance(value, str) and re.fullmatch(r"[\w.-]{1,100}", value) else "-"
-
-
-def duration_of(message: dict[str, Any]) -> float | str:
-    """A call's length in s: from VAPI's schema its two times; in captures also the number itself."""
-    seconds = message.get("durationSeconds")
-    if isinstance(seconds, (int, float)):
-        return seconds
-    try:
-        started, ended = (
-            datetime.fromisoformat(message[time_of].replace("Z", "+00:00"))
-            for time_of in ("startedAt", "endedAt")
-        )
-        return (ended - started).total_seconds()
-    except (KeyError, AttributeError, ValueError, TypeError):
-        return "-"
 
 
 # A message's type, and its answer or what makes it.
@@ -746,85 +670,113 @@ VAPI_MESSAGES: dict[str, dict[str, Any] | Callable[[dict[str, Any], Job], dict[s
     "end-of-call-report": end_of_call,
 }
 
-
-# ---------------------------------------------------------------------------
-# The Ollama client
-# ---------------------------------------------------------------------------
+# ---- The Ollama client -------------------------------------------------------------------------------
 
 TRIES = {"new runner": 2, "free place": 3}
+BROKEN_OFF = "Ollama's answer broke off before its end; try again."
 
 
-def tried(job: Job, attempt: Callable[[], Iterator[Piece]]) -> Iterator[Piece]:
+def tried(
+    job: Job, attempt: Callable[[Job, dict[str, Any]], Iterator[Piece]], body: dict[str, Any]
+) -> Iterator[Piece]:
     """Runs `attempt` again where that can help, as long as nothing of it has left."""
+    left = False
     for tries in itertools.count(1):
         server.ready(job, again=tries > 1)
-        sent = False
         try:
-            for piece in attempt():
-                sent = True
+            for piece in attempt(job, body):
+                left = True
                 yield piece
             return
         except JobError as error:
-            if sent or tries >= TRIES.get(error.cure or "", 1):
+            if left or tries >= TRIES.get(error.cure or "", 1):
                 raise
             if error.cure == "free place":
                 time.sleep(min(0.5 * tries, job.left()))
 
 
-def exchange(job: Job, method: str, path: str, body: dict[str, Any] | None = None) -> Iterator[bytes]:
-    """Sends one request to Ollama and yields the lines of its answer as they come.
+def ask(job: Job, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A question to Ollama that is answered with one JSON object."""
+    with answered(job, method, path, body) as response:
+        return parsed(response.content)
 
-    Closing it, or job.stop(), ends what Ollama does for it. The standard library's client, because
-    its socket is at hand for that while no byte has come; `requests` would also take 0.17 s to
-    import before the server is started.
-    """
-    data = request_body(body) if body is not None else None
-    connection = http.client.HTTPConnection(OLLAMA[0], OLLAMA[1], timeout=job.left())
+
+def exchange(job: Job, method: str, path: str, body: dict[str, Any]) -> Iterator[bytes]:
+    """The lines of Ollama's answer as they come."""
+    with answered(job, method, path, body) as response:
+        yield from filter(None, response.iter_lines(chunk_size=None))
+
+
+@contextlib.contextmanager
+def answered(job: Job, method: str, path: str, body: Any) -> Iterator[requests.Response]:
+    """Ollama's answer 200, to be read; any other, and a connection that breaks, is a JobError."""
+    from urllib3.exceptions import HTTPError
+
     try:
-        connection.connect()
-        wire = connection.sock
-        job.holds(wire)
-        connection.request(method, path, data, {"Content-Type": "application/json"})
-        with contextlib.closing(connection.getresponse()) as response:
-            if response.status != 200:
-                refuse(response.status, response.read(), job)
-            rest = b""
-            while piece := response.read1(65536):
-                *lines, rest = (rest + piece).split(b"\n")
-                yield from filter(None, lines)
-                wire.settimeout(job.left())
-            if rest:
-                yield rest
-    except (OSError, http.client.HTTPException) as error:
-        job.left()  # a stop or the limit breaks the connection too: that is then the reason
-        raise JobError(
-            f"The connection to Ollama broke ({type(error).__name__}); try again.", "new runner"
-        ) from None
-    finally:
-        connection.close()
-
-
-def ask(job: Job, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-    """A question to Ollama that is answered with one JSON value."""
-    return json.loads(b"".join(exchange(job, method, path, body)))
-
-
-def request_body(body: dict[str, Any]) -> bytes:
-    try:
-        return json.dumps(body, allow_nan=False).encode()
+        data = None if body is None else json.dumps(body, allow_nan=False).encode()
     except (TypeError, ValueError):
         raise JobError("The input holds what JSON cannot: NaN, infinity, or bytes.") from None
-
-
-def refuse(status: int, content: bytes, job: Job) -> NoReturn:
-    """Raises Ollama's refusal in its own words, with what would help."""
+    headers = {"Content-Type": "application/json"}
+    limits = (job.left(), None)  # s to connect; from then on the job's own limit shuts the socket
     try:
-        text = words_of(json.loads(content))
+        with connecting(job) as http:
+            url = f"http://{ADDRESS}{path}"
+            how: Any = {"allow_redirects": False, "stream": True, "timeout": limits}
+            response = http.request(method, url, data=data, headers=headers, **how)
+            if response.status_code != 200:
+                refuse(response, job)
+            yield response
+    except (OSError, HTTPError) as error:  # what requests raises is an OSError
+        job.left()  # a stop or the limit breaks the connection too: that is then the reason
+        text = f"The connection to Ollama broke ({type(error).__name__}); try again."
+        raise JobError(text, cure="new runner") from None
+
+
+def connecting(job: Job) -> requests.Session:
+    """A session whose connections are the job's to shut, also before the first byte has come."""
+    import requests  # 0.2 s, while `ollama serve` starts
+    from urllib3.connection import HTTPConnection
+
+    class Connection(HTTPConnection):
+        def connect(self) -> None:
+            super().connect()
+            job.holds(self.sock)
+
+    class Adapter(requests.adapters.HTTPAdapter):
+        def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
+            pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
+            pool.ConnectionCls = Connection
+            return pool
+
+    http = requests.Session()
+    http.trust_env = False  # no proxy and no .netrc on the way to loopback
+    http.mount("http://", Adapter())
+    return http
+
+
+def parsed(content: bytes) -> dict[str, Any]:
+    """A JSON object of Ollama's. What is none, or says an error, is Ollama's failure."""
+    try:
+        value = json.loads(content)
     except ValueError:
-        text = content.decode("utf-8", "replace")
+        value = None
+    if not isinstance(value, dict):
+        raise JobError("Ollama's answer was garbled; try again.", cure="new runner")
+    if value.get("error"):
+        raise JobError(f"Ollama: {words_of(value)}", cure="new runner")
+    return value
+
+
+def refuse(response: requests.Response, job: Job) -> NoReturn:
+    """Raises Ollama's refusal in its own words, with what would help."""
+    status, text = response.status_code, response.content.decode("utf-8", "replace")
+    with contextlib.suppress(ValueError):
+        text = words_of(json.loads(text))
     if status == 404 and "not found" in text:
-        text += f"; installed: {', '.join(installed(job)) or 'none'}"
-    cure = "free place" if status == 503 else "new runner" if "runner" in text else None
+        models = ask(job, "GET", "/api/tags").get("models") or []
+        text += f"; installed: {', '.join(model['name'] for model in models) or 'none'}"
+    # A runner that died: "model runner has …", or "… encountered while running the model: …"
+    cure = "free place" if status == 503 else "new runner" if "runn" in text else None
     raise JobError(f"Ollama ({status}): {text}", cure)
 
 
@@ -834,13 +786,7 @@ def words_of(body: Any) -> str:
     return str(error.get("message", error) if isinstance(error, dict) else error)
 
 
-def installed(job: Job) -> list[str]:
-    return [model["name"] for model in ask(job, "GET", "/api/tags")["models"]]
-
-
-# ---------------------------------------------------------------------------
-# The server's life
-# ---------------------------------------------------------------------------
+# ---- The server's life -------------------------------------------------------------------------------
 
 SERVER_ENVIRONMENT = {  # of a server that the worker starts; what the environment already sets, wins
     "OLLAMA_KEEP_ALIVE": "-1",
@@ -848,404 +794,420 @@ SERVER_ENVIRONMENT = {  # of a server that the worker starts; what the environme
     "OLLAMA_NUM_PARALLEL": str(MAX_CONCURRENCY),  # Ollama's default is 1: the other jobs would queue
     "OLLAMA_CONTEXT_LENGTH": "4096",  # tokens for each job; memory grows with it times the jobs
 }
-DEATHS, WITHIN = 5, 600  # so many deaths of the server within so many s end the worker
+DEATHS, WITHIN = 5, 600  # so many deaths of the server within so many s are its last
 
 
 class Server:
-    """The Ollama server beside the worker: found running, or started, kept alive and ended."""
+    """The Ollama server beside the worker: found running, or started, kept alive and ended.
+
+    It is `up`, or it has `failed`, or its keeper is about it. On RunPod it `must_load`: a worker is not
+    ready without its model, and a failure is final. On a laptop the next job tries anew.
+    """
 
     def __init__(self) -> None:
-        self.process: subprocess.Popen[bytes] | None = None
-        self.settled = threading.Event()  # it answers, or `failure` says why it does not
+        self.up, self.failed = threading.Event(), threading.Event()
         self.failure = ""
-        self.ended = False
-        self.must_load = False  # a worker on RunPod is not ready without its model
-        self.on_failure: Callable[[], object] = lambda: None
+        self.must_load = False
+        self.stopped = False
+        self._process: subprocess.Popen[bytes] | None = None  # of its own
         self._keeper: threading.Thread | None = None
-        self._reader: threading.Thread | None = None
-        self._last_words: collections.deque[bytes] = collections.deque(maxlen=20)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may stop what its own thread is starting
 
     def start(self) -> None:
         """Begins to find or start the server, in a thread; once, or anew after a failure."""
         with self._lock:
-            kept = self._keeper is not None and self._keeper.is_alive()
-            if kept or self.ended or (self.settled.is_set() and not self.failure):
-                return
-            self.settled.clear()
-            self.failure = ""
-            self._keeper = threading.Thread(target=self._keep, daemon=True)
-            self._keeper.start()
+            final = self.stopped or (self.must_load and self.failed.is_set())
+            if not (final or self.up.is_set() or (self._keeper and self._keeper.is_alive())):
+                self.failed.clear()
+                self._keeper = threading.Thread(target=self._keep, daemon=True)
+                self._keeper.start()
 
-    def ready(self, job: Job, again: bool = False) -> None:
-        """Waits until the server answers, within the job's time; `again` after a broken connection."""
+    def ready(self, job: Job | None = None, again: bool = False) -> None:
+        """Waits until the server is up, within the job's time; `again`: after its connection broke.
+
+        Raises JobError once the server has failed.
+        """
         self.start()
-        while True:
-            while not self.settled.wait(min(0.1, job.left())):
-                pass
-            if self.failure:
+        while not self.up.wait(0.05) or (job and again and not answers()):
+            if self.failed.is_set():
                 raise JobError(self.failure)
-            if not again or answers():
-                return
-            if self.process is None:  # somebody else's server, and it is gone: look anew
-                self.settled.clear()
+            if job:
+                job.left()
+            if self.up.is_set() and not self._process:  # somebody else's server, and it is gone
+                self.up.clear()
                 self.start()
-            time.sleep(min(0.05, job.left()))
 
     def stop(self, grace: float = 5) -> None:
         """Ends the server that the worker started: asks it, and after `grace` s ends it by force."""
-        self.ended = True
-        if self.process:
-            self.process.terminate()
+        with self._lock:
+            self.stopped = True
+        if self._process:
+            self._process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(grace)
-            self._sweep()
+                self._process.wait(grace)
+            self._sweep(self._process)
 
     def _keep(self) -> None:
-        """The keeper's thread. It lives as long as the server, which gets a signal when it ends."""
-        try:
-            if answers():
-                if self.must_load:
-                    self._load(starting())
-            else:
-                self._begin()
-        except Exception as error:  # a defect too: whoever waits for the server must hear of it
-            return self._fail(reason_of(error), self._last_words)
-        self.settled.set()
-        if self.process:
-            self._watch()
-
-    def _watch(self) -> None:
-        """Starts the server again whenever it ends, after a growing pause, up to DEATHS in WITHIN s."""
+        """The keeper's thread, which lives as long as a server of its own does."""
         deaths: list[float] = []
-        while True:
-            assert self.process
-            code = self.process.wait()
-            self.settled.clear()
-            self._sweep()
-            if self.ended:
-                return
-            now = time.monotonic()
-            deaths = [death for death in deaths if now - death < WITHIN] + [now]
-            if len(deaths) >= DEATHS:
-                return self._fail(
-                    f"Ollama ended {DEATHS} times within {WITHIN} s, the last with {code}."
-                )
-            pause = 0.1 * 2 ** len(deaths)
-            log(f"warning: Ollama ended with {code}; it is started again in {pause:g} s")
-            time.sleep(pause)
-            try:
-                self._begin()
-                self.settled.set()
-            except Exception as error:
-                log(f"warning: {reason_of(error)}")
-                self.process.kill()
+        try:
+            while True:
+                process = self._begin()
+                self.up.set()
+                if not process:
+                    return
+                code = process.wait()
+                self.up.clear()
+                self._sweep(process)
+                if self.stopped:
+                    return
+                now = time.monotonic()
+                deaths = [death for death in deaths if now - death < WITHIN] + [now]
+                if len(deaths) >= DEATHS:
+                    times = f"{DEATHS} times within {WITHIN} s"
+                    raise JobError(f"Ollama ended {times}, the last with {code}.")
+                pause = 0.1 * 2 ** len(deaths)
+                log(f"warning: Ollama ended with {code}; it is started again in {pause:g} s")
+                time.sleep(pause)
+        except Exception as error:  # a defect too: whoever waits for the server must hear of it
+            self._fail(str(error) if isinstance(error, (JobError, OSError)) else repr(error))
 
-    def _begin(self) -> None:
-        """Starts the server, waits until it listens and loads the default model."""
-        job = starting()
-        process = self._spawn()
-        while not listens():
-            if process.poll() is not None:
-                raise JobError(f"`ollama serve` ended with {process.returncode} before it answered.")
-            time.sleep(min(0.02, job.left()))
-        self._load(job)
+    def _begin(self) -> subprocess.Popen[bytes] | None:
+        """Finds the server, or starts one, and loads the default model; returns its own process."""
+        with Job(seconds=STARTUP_TIMEOUT, limit="STARTUP_TIMEOUT") as job:
+            process = None if answers() else self._spawn()
+            while process and not listens():
+                if process.poll() is not None:
+                    self._sweep(process)
+                    assert process.stdout
+                    words = process.stdout.read().decode("utf-8", "replace").strip().split("\n")[-1]
+                    why = f"ended with {process.returncode} before it answered: {words}"
+                    raise JobError(one_line(f"`ollama serve` {why}"))
+                time.sleep(min(0.02, job.left()))
+            if process:
+                # Read, so that it never blocks, and kept nowhere: it may one day hold a caller's words.
+                threading.Thread(target=collections.deque, args=(process.stdout, 0), daemon=True).start()
+            if process or self.must_load:
+                self._load(job)
+            return process
 
     def _spawn(self) -> subprocess.Popen[bytes]:
-        address = f"[{OLLAMA[0]}]:{OLLAMA[1]}" if ":" in OLLAMA[0] else f"{OLLAMA[0]}:{OLLAMA[1]}"
+        missing = f"No Ollama server answers at {ADDRESS}, and"
         ollama = shutil.which("ollama")
         if not ollama:
             raise JobError(
-                f"No Ollama server answers at {address}, and `ollama` is not on PATH: get it from "
-                "https://ollama.com/download, or set OLLAMA_HOST to a server that runs."
+                f"{missing} `ollama` is not on PATH: get it from https://ollama.com/download, "
+                "or set OLLAMA_HOST to a server that runs."
             )
         if OLLAMA[0] not in ("localhost", "::1") and not OLLAMA[0].startswith("127."):
             raise JobError(
-                f"No Ollama server answers at {address}, and the worker starts one on loopback only: "
-                "set OLLAMA_HOST to 127.0.0.1:11434, or to a server that runs."
+                f"{missing} the worker starts one on loopback only: set OLLAMA_HOST to "
+                "127.0.0.1:11434, or to a server that runs."
             )
-        self._last_words.clear()
-        try:
-            self.process = process = subprocess.Popen(
+        with self._lock:
+            if self.stopped:
+                raise JobError("The worker ends.")
+            self._process = process = subprocess.Popen(
                 [ollama, "serve"],
-                env={**SERVER_ENVIRONMENT, **os.environ, "OLLAMA_HOST": address},
+                env={**SERVER_ENVIRONMENT, **os.environ, "OLLAMA_HOST": ADDRESS},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is for the worker, which lets its jobs finish first
-                preexec_fn=functools.partial(end_with_parent, signal.SIGTERM, os.getpid()),
             )
-        except OSError as error:
-            raise JobError(f"{ollama} could not be started: {error.strerror}.") from None
-        atexit.register(self.stop)
-        assert process.stdout
-        # Read, so that it never blocks, and kept from the log: it may one day hold a caller's words.
-        self._reader = threading.Thread(
-            target=self._last_words.extend, args=(process.stdout,), daemon=True
-        )
-        self._reader.start()
+        atexit.register(self.stop)  # for who imports `handler`; the worker ends it in `end`
         return process
 
     def _load(self, job: Job) -> None:
         try:
-            load = ask(job, "POST", "/api/generate", {"model": MODELS[0], "keep_alive": -1})
-            if "error" in load:
-                raise JobError(words_of(load))
+            ask(job, "POST", "/api/generate", {"model": MODELS[0], "keep_alive": -1})
         except JobError as error:
+            text = f"{MODELS[0]} could not be loaded. {error}"
             if self.must_load:
-                raise JobError(f"{MODELS[0]} could not be loaded. {error}") from None
-            log(f"warning: {MODELS[0]} could not be loaded. {error}")
+                raise JobError(text) from None
+            log(f"warning: {text}")
 
-    def _fail(self, reason: str, last_words: Iterable[bytes] = ()) -> None:
-        """The end of the keeper: says why. The server's words only while no caller's can be in them."""
-        if self.process:
-            self.process.kill()
-            self._sweep()
-        if self._reader:
-            self._reader.join(0.2)
-        log(f"error: {reason}")
-        for line in last_words:
-            log(f"ollama: {line.decode('utf-8', 'replace').rstrip()}")
-        # On RunPod the worker is replaced; on a laptop the next job tries anew.
-        self.ended = self.must_load
+    def _fail(self, reason: str) -> None:
+        if self._process:
+            self._process.kill()
+            self._sweep(self._process)
+            self._process = None
         self.failure = reason
-        self.settled.set()
-        self.on_failure()
+        self.failed.set()
 
-    def _sweep(self) -> None:
+    def _sweep(self, process: subprocess.Popen[bytes]) -> None:
         """Ends the runners that a killed server leaves behind; they hold the GPU's memory."""
-        assert self.process
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-
-
-def reason_of(error: Exception) -> str:
-    return str(error) if isinstance(error, JobError) else repr(error)
-
-
-def starting() -> Job:
-    """The start of the server as a job: its limit bounds the start and the load together."""
-    return Job(None, streams=False, seconds=STARTUP_TIMEOUT, limit="STARTUP_TIMEOUT")
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def listens() -> bool:
-    try:
-        socket.create_connection(OLLAMA, timeout=1).close()
+    """Whether anything does; without the client, which takes 0.2 s to import."""
+    with contextlib.suppress(OSError), socket.create_connection(OLLAMA, timeout=1):
         return True
-    except OSError:
-        return False
+    return False
 
 
 def answers() -> bool:
     """Whether an Ollama server answers at OLLAMA_HOST."""
-    try:
-        return bool(ask(Job(None, streams=False, seconds=2), "GET", "/api/version"))
-    except (JobError, ValueError):
-        return False
+    with contextlib.suppress(JobError), Job(seconds=2) as job:
+        return listens() and "version" in ask(job, "GET", "/api/version")
+    return False
 
 
-def end_with_parent(signum: int, parent: int) -> None:
-    """In a child before its exec: lets the kernel signal it when its parent ends, even by SIGKILL."""
-    if PRCTL:
-        PRCTL(1, signum)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:
-            os._exit(1)
-
-
-# Of Linux only. Looked up here and not in the child, where the linker's lock may be held for ever by a
-# thread that is not there: the SDK's import loads libraries while the server is started.
-PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 server = Server()
 
-# ---------------------------------------------------------------------------
-# The worker: RunPod's loop around the handler
-# ---------------------------------------------------------------------------
+# ---- The endpoint's queue: where RunPod's SDK is mended -----------------------------------------------
+#
+# What SDK 1.12 does to a caller                           What is done about it
+# - counts a job twice: half of a burst waits 1 s          places are counted by Queue's own tasks
+# - calls the handler up to 0.1 s after it has the job     the job begins in the same turn of the loop
+# - loses a chunk or a result after one reset or 429       `deliver` posts it again, in order
+# - a cancel before a job's first step keeps its place     a task's done-callback gives it back …
+# - a cancel reaches no `finally` of a generator handler   … and stops the job
+# - tries a failed job-take again at once, for ever        `polled` pauses, 0.2 to 5 s
+# - a job that its poll brings after SIGTERM never runs    the poll is given up
+# Upstream: 1.12.0 is the newest release, and its repository does the same.
+#
+# All of it lies in the SDK's JobScaler, so Queue stands in that class's place; start, checks, pings,
+# URLs and the requests of both polls stay the SDK's. `sdk` lists the names: they are private, hence
+# runpod<1.13. tests/test_sdk.py runs the SDK's own loop and tells when a line here is no longer true.
 
 CHUNK_BYTES = 512 * 1024  # RunPod's limit for a streamed chunk is 1 MB, and JSON may double quotes
+POLL_SECONDS = 90  # a long poll, as in the SDK
+POST_SECONDS, DELIVERY_SECONDS = 10, 30  # one try, and all tries, of one chunk or result
 
 
-class Run:
-    """A job's thread, and what has come of it for the event loop."""
+@functools.cache
+def sdk() -> SimpleNamespace:
+    """What Queue uses of the SDK, by name."""
+    names = {
+        "aiohttp_retry": "ExponentialRetry RetryClient",
+        "runpod.http_client": "AsyncClientSession",
+        "runpod.serverless.modules.rp_fitness": "_report_unhealthy",
+        "runpod.serverless.modules.rp_http": "JOB_DONE_URL JOB_STREAM_URL",
+        "runpod.serverless.modules.rp_job": "get_job get_stop_signals",
+        "runpod.serverless.modules.rp_scale": "JobScaler",
+        "runpod.serverless.modules.worker_state": "JobsProgress",
+    }
+    try:
+        found = {n: getattr(import_module(m), n) for m, listed in names.items() for n in listed.split()}
+    except (ImportError, AttributeError) as error:
+        end(1, f"This worker needs runpod>=1.12,<1.13: {error}.")
+    return SimpleNamespace(**found)
 
-    def __init__(self, event: Any, streams: bool):
-        self.job = Job(event, streams)
-        self.pieces: collections.deque[Piece | None] = collections.deque()
-        self.arrived = asyncio.Event()
-        self._loop = asyncio.get_running_loop()
-        threading.Thread(target=self._work, args=(event,), daemon=True).start()
 
-    def _work(self, event: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the worker has ended
-            for piece in itertools.chain(answer(event, self.job), [None]):
-                self.pieces.append(piece)
-                self._loop.call_soon_threadsafe(self.arrived.set)
+class Queue:
+    """Takes the endpoint's jobs, runs each in a task and delivers what comes; all in one event loop."""
+
+    def __init__(self, _config: Any = None) -> None:
+        self.tasks: dict[str, asyncio.Task[None]] = {}  # by job id: they hold the worker's places
+        self.stopping = asyncio.Event()
+
+    def start(self) -> None:  # the SDK calls it
+        asyncio.run(self._serve())
+
+    async def _serve(self) -> None:
+        """Until a signal, or a server that cannot be kept; then the jobs under way finish."""
+        loop = asyncio.get_running_loop()
+        for signum in SIGNALS:
+            loop.add_signal_handler(signum, self._signal)
+        async with sdk().AsyncClientSession() as self.session:
+            taking, stops = (
+                asyncio.ensure_future(self._take_jobs()),
+                asyncio.ensure_future(self._hear_stops()),
+            )
+            stop = asyncio.ensure_future(self.stopping.wait())
+            failed = asyncio.ensure_future(asyncio.to_thread(server.failed.wait))
+            await asyncio.wait({taking, stops, stop, failed}, return_when=asyncio.FIRST_COMPLETED)
+            log("stopping: no new job is taken, those under way finish")
+            taking.cancel()
+            await asyncio.wait({taking}, timeout=1)  # asyncio.wait_for of 3.11 can swallow a cancel
+            while self.tasks:
+                await asyncio.wait(set(self.tasks.values()))
+            if self.stopping.is_set():
+                end(0, "stopped by a signal")
+            end(1, server.failure or "a loop of the queue has ended")
+
+    def _signal(self) -> None:
+        if self.stopping.is_set():
+            end(1, "a second signal", grace=0)
+        self.stopping.set()
+
+    async def _take_jobs(self) -> None:
+        async def take() -> Any:
+            while self.stopping.is_set() or not server.up.is_set() or self._places() == 0:
+                await asyncio.sleep(0.02)
+            return await asyncio.wait_for(sdk().get_job(self.session, self._places()), POLL_SECONDS)
+
+        async for event in polled(take):
+            if not isinstance(event, dict) or not isinstance(event.get("id"), str):
+                log("warning: a job without an id came, which cannot be answered")
+            elif event["id"] not in self.tasks:
+                self._begin(event)
+
+    def _places(self) -> int:
+        return MAX_CONCURRENCY - len(self.tasks)
+
+    def _begin(self, event: dict[str, Any]) -> None:
+        job = Job(event, streams=STREAMING)
+        progress = sdk().JobsProgress()  # what the SDK's pings tell
+        progress.add(job.id)
+        task = self.tasks[job.id] = asyncio.ensure_future(self._run(event, job))
+
+        def give_place_back(_: Any) -> None:  # a task cancelled before its first step has no `finally`
+            job.stop()
+            del self.tasks[job.id]
+            progress.remove(job.id)
+
+        task.add_done_callback(give_place_back)
+
+    async def _hear_stops(self) -> None:
+        """Cancels the jobs that were cancelled, or have run into their policy, at the platform."""
+        async for job_id in polled(
+            lambda: asyncio.wait_for(sdk().get_stop_signals(self.session), POLL_SECONDS)
+        ):
+            if job_id in self.tasks:
+                self.tasks[job_id].cancel()
+
+    async def _run(self, event: dict[str, Any], job: Job) -> None:
+        """Delivers what comes of a job, in order, and its result last."""
+        pieces: list[Piece] = []
+        result: dict[str, Any] = {}
+        async for piece in bridge(event, job):
+            if isinstance(piece, dict) and piece.get("error"):
+                result = {"error": piece["error"]}
+                break
+            pieces.append(piece)
+            result = {"output": pieces if STREAMING else piece}
+            try:
+                if STREAMING:
+                    await self._deliver(job, f"{sdk().JOB_STREAM_URL}&isStream=false", {"output": piece})
+            except JobError as error:
+                if job.streamed:  # a whole object is in the result too
+                    result = {"error": str(error)}
+                    break
+        job.stop()
+        try:
+            url = f"{sdk().JOB_DONE_URL}&isStream={str(STREAMING).lower()}"
+            await self._deliver(job, url, result)
+        except JobError as error:
+            log(f"error: the result could not be delivered. {error}", job)
+
+    async def _deliver(self, job: Job, url: str, content: dict[str, Any]) -> None:
+        """Posts a chunk or a result, and again after what may pass; JobError where it is not taken."""
+        import aiohttp
+
+        retry = sdk().ExponentialRetry(
+            attempts=20,
+            start_timeout=0.1,
+            max_timeout=5,
+            statuses={408, 425, 429},  # and 5xx
+            exceptions={aiohttp.ClientError, asyncio.TimeoutError},
+        )
+        how = {
+            "data": json.dumps(content, ensure_ascii=False).encode("utf-8", "replace"),
+            "headers": {"X-Request-ID": job.id, "Content-Type": "application/x-www-form-urlencoded"},
+            "timeout": aiohttp.ClientTimeout(POST_SECONDS),
+            "raise_for_status": True,
+        }
+
+        async def post() -> None:
+            async with (
+                sdk()
+                .RetryClient(self.session, retry_options=retry)
+                .post(url.replace("$ID", job.id), **how)
+            ):
+                pass
+
+        try:
+            await asyncio.wait_for(post(), DELIVERY_SECONDS)
+        except (aiohttp.ClientError, asyncio.TimeoutError) as error:
+            reason = getattr(error, "status", type(error).__name__)
+            raise JobError(f"RunPod did not take what came of the job ({reason}).") from None
 
 
-head_starts: dict[Any, Run] = {}  # by job id
-
-
-async def bridge(event: dict[str, Any], streams: bool) -> AsyncIterator[Piece]:
-    """The core for an event loop: yields what has come of a job's thread meanwhile.
-
-    The SDK awaits one POST a yield; what comes in that time leaves together with the next.
-    """
-    run = head_starts.pop(event.get("id"), None) or Run(event, streams)
-    task = asyncio.current_task()
-    assert task
-    # A cancel lands in the SDK's own await and reaches no `finally` here, but it ends the task.
-    task.add_done_callback(lambda _: run.job.stop())
+async def polled(poll: Callable[[], Awaitable[Any]]) -> AsyncIterator[Any]:
+    """What one long poll after the other brings; a growing pause after one that is in vain."""
+    pause = 0.0
     while True:
-        await run.arrived.wait()
-        run.arrived.clear()
-        while run.pieces:
-            piece = gathered(run.pieces)
+        asked, brought = time.monotonic(), None
+        try:
+            brought = await poll()
+        except asyncio.TimeoutError:
+            pass  # the platform holds a poll open, for as long as nothing comes
+        except Exception as error:  # whatever RunPod, or what lies between, answers
+            log(f"warning: RunPod could not be asked ({type(error).__name__}); it is asked again")
+            asked = math.inf
+        for each in brought or []:
+            yield each
+        in_vain = not brought and time.monotonic() - asked < 1
+        pause = min(2 * pause or 0.2, 5) if in_vain else 0
+        await asyncio.sleep(pause)
+
+
+async def bridge(event: dict[str, Any], job: Job) -> AsyncIterator[Piece]:
+    """The core for an event loop: runs it in a thread, and yields what has come of it meanwhile.
+
+    What comes while the last piece is posted leaves together with the next.
+    """
+    pieces: collections.deque[Piece | None] = collections.deque()
+    arrived, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def work() -> None:
+        for piece in itertools.chain(answer(event, job), [None]):
+            pieces.append(piece)
+            loop.call_soon_threadsafe(arrived.set)
+
+    threading.Thread(target=work, daemon=True).start()
+    while True:
+        await arrived.wait()
+        arrived.clear()
+        while pieces:
+            piece = gathered(pieces)
             if piece is None:
                 return
             yield piece
 
 
 def gathered(pieces: collections.deque[Piece | None]) -> Piece | None:
-    """Takes the first of `pieces`, and as many of the next as fit into one chunk with it."""
-    piece = pieces.popleft()
-    size = len(json.dumps(piece))
-    while piece is not None and pieces:
-        both = merged(piece, pieces[0])
-        size += len(json.dumps(pieces[0]))
-        if both is None or size > CHUNK_BYTES:
+    """Takes the first of `pieces`; of frames, or texts of a chat, as many of the next as fit a chunk."""
+    piece, size = pieces.popleft(), 0
+    while pieces and piece and (following := pieces[0]):
+        if isinstance(piece, str) and isinstance(following, str):
+            both: Piece = piece + following
+        elif isinstance(piece, dict) and piece.keys() == following.keys() == {"response"}:  # type: ignore[union-attr]
+            both = {"response": piece["response"] + following["response"]}  # type: ignore[index]
+        else:
+            break
+        size = (size or len(json.dumps(piece))) + len(json.dumps(following))
+        if size > CHUNK_BYTES:
             break
         piece = both
         pieces.popleft()
     return piece
 
 
-def merged(piece: Piece, following: Piece | None) -> Piece | None:
-    """Two pieces in one, where they are frames or texts of a chat; else None."""
-    if isinstance(piece, str) and isinstance(following, str):
-        return piece + following
-    if not isinstance(piece, dict) or not isinstance(following, dict):
-        return None
-    if not piece.keys() == following.keys() == {"response"}:
-        return None
-    return {"response": piece["response"] + following["response"]}
+# ---- The worker's life -------------------------------------------------------------------------------
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-async def plain_handler(event: dict[str, Any]) -> Piece:
-    """The handler where nothing streams; async, so that jobs run side by side."""
-    return [piece async for piece in bridge(event, streams=False)][-1]
+def end(code: int, reason: str, grace: float = 5) -> NoReturn:
+    """Every ending passes through here, in the main thread: says why, ends what was started, and itself.
 
-
-def serve_queue() -> None:
-    """Takes jobs from the endpoint's queue until a signal, or a server that cannot be kept, ends it."""
-    import runpod
-    from runpod.serverless.modules import rp_scale
-
-    def model_is_loaded() -> None:
-        """The SDK's check before the first job-take: its failure ends the process and tells RunPod."""
-        server.settled.wait()
-        if server.failure:
-            raise RuntimeError(server.failure)
-
-    def concurrency(_current: int) -> int:  # the SDK calls it before each job-take
-        watch_signals()
-        return 3 * MAX_CONCURRENCY  # more than it can count: job_take keeps to MAX_CONCURRENCY
-
-    rp_scale.get_job = job_take_of(rp_scale.get_job)
-    rp_scale.get_stop_signals = job_stop_of(rp_scale.get_stop_signals)
-    runpod.serverless.register_fitness_check(model_is_loaded)
-    runpod.serverless.start(
-        {
-            "handler": functools.partial(bridge, streams=True) if STREAMING else plain_handler,
-            "return_aggregate_stream": True,  # else /runsync answers an empty list
-            "concurrency_modifier": concurrency,
-        }
-    )
-
-
-stopping = asyncio.Event()
-
-
-def job_take_of(take: Callable[..., Any]) -> Callable[..., Any]:
-    """The SDK's job-take, with what SDK 1.12 does to a caller mended:
-
-    - It counts a job in its own queue twice, so half of a burst waits: the count is made here.
-    - It calls the handler up to 0.1 s after it has the job: the job's thread starts here.
-    - Its long poll goes on after SIGTERM, and what that brings is never run: it is given up.
+    `code` 0: done, or asked to by a signal; 1: failed, or not let finish. Ollama has `grace` s to end.
     """
-
-    async def job_take(session: Any, _wanted: int = 1) -> Any:
-        while not stopping.is_set() and jobs_under_way() >= MAX_CONCURRENCY:
-            await asyncio.sleep(0.02)
-        if not stopping.is_set():
-            taking = asyncio.ensure_future(take(session, MAX_CONCURRENCY - jobs_under_way()))
-            stop = asyncio.ensure_future(stopping.wait())
-            try:
-                await asyncio.wait({taking, stop}, return_when=asyncio.FIRST_COMPLETED)
-                if taking.done():
-                    for event in taking.result() or []:
-                        head_starts[event["id"]] = Run(event, STREAMING)
-                    return taking.result()
-            finally:
-                taking.cancel()
-                stop.cancel()
-        return await asyncio.Event().wait()  # for ever: no further job
-
-    return job_take
-
-
-def jobs_under_way() -> int:
-    from runpod.serverless.modules.worker_state import JobsProgress
-
-    return JobsProgress().get_job_count()
-
-
-def job_stop_of(take: Callable[..., Any]) -> Callable[..., Any]:
-    """The SDK's job-stop, which knows no job before its handler runs: those are stopped here."""
-
-    async def job_stop(*args: Any) -> Any:
-        job_ids = await take(*args)
-        for run in filter(None, map(head_starts.get, job_ids)):
-            run.job.stop()
-        return job_ids
-
-    return job_stop
-
-
-@functools.cache
-def watch_signals() -> None:
-    """In the SDK's loop: signals, and a server that cannot be kept, end the worker once it is idle."""
-    loop = asyncio.get_running_loop()
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signum, stop_worker, 0)
-
-    def stop_without_server() -> None:
-        if not stopping.is_set():
-            stop_worker(1)
-
-    server.on_failure = lambda: loop.call_soon_threadsafe(stop_without_server)
-
-
-def stop_worker(code: int) -> None:
-    """Ends the worker with exit code `code` when its jobs are done; called again, at once."""
-    if stopping.is_set():
-        end_process(1, grace=0)
-    stopping.set()
-    log("stopping: no new job is taken, those under way finish")
-    exit_when_idle(code)
-
-
-def exit_when_idle(code: int, idle: int = 0) -> None:
-    """Looks every 50 ms, thrice in a row: a job just taken is on its way into the SDK's list."""
-    idle = 0 if jobs_under_way() else idle + 1
-    if idle > 2:
-        end_process(code)
-    asyncio.get_running_loop().call_later(0.05, exit_when_idle, code, idle)
-
-
-def end_process(code: int, grace: float = 5) -> NoReturn:
-    """Ends all at once: the SDK's loop can swallow a cancel (asyncio.wait_for of 3.11) and go on."""
+    for signum in SIGNALS:
+        signal.signal(signum, lambda *_: end(1, "a second signal", grace=0))
+    log(f"{'error' if code else 'ended'}: {reason}")
     server.stop(grace)
+    if code and ON_RUNPOD:  # the platform hears why, as from the SDK's own checks
+        sdk()._report_unhealthy("ollama", reason)
+    for child in multiprocessing.active_children():  # the SDK's pings
+        child.kill()
     sys.stdout.flush()
-    os._exit(code)
+    os._exit(code)  # not sys.exit: it would wait for threads that may hang
 
 
 def is_local() -> bool:
@@ -1258,38 +1220,39 @@ def is_local() -> bool:
         try:
             json.loads(given.test_input)["input"]
         except (ValueError, TypeError, KeyError):
-            raise SystemExit(
-                '--test_input must be JSON such as {"input": {"message": "Hello"}}.'
-            ) from None
+            form = '{"input": {"message": "Hello"}}'
+            raise SystemExit(f"--test_input must be JSON such as {form}.") from None
     return not ON_RUNPOD or given.rp_serve_api or given.test_input is not None
 
 
 def main() -> None:
     local = is_local()
-    for signum in (signal.SIGTERM, signal.SIGINT):  # until the SDK's loop has its own
-        signal.signal(signum, lambda *_: sys.exit(0))
-    os.register_at_fork(after_in_child=functools.partial(end_with_parent, signal.SIGKILL, os.getpid()))
+    for signum in SIGNALS:  # until the queue's loop has its own
+        signal.signal(signum, lambda *_: end(0, "stopped by a signal"))
+    server.must_load = not local
+    server.start()  # loads the model while the SDK is imported
+    import runpod
+    from runpod.serverless.modules import rp_scale
+
+    def model_is_loaded() -> None:
+        try:
+            server.ready()
+        except JobError as error:
+            end(1, str(error))
+
+    async def local_handler(event: dict[str, Any]) -> dict[str, Any]:
+        return await asyncio.to_thread(handler, event)  # jobs of --rp_serve_api run side by side
+
+    if local:
+        model_is_loaded()
+    elif sdk():
+        rp_scale.JobScaler = Queue
+        runpod.serverless.register_fitness_check(model_is_loaded)  # before the first job-take
     try:
-        server.must_load = not local
-        server.on_failure = (lambda: None) if local else exit_soon
-        server.start()  # loads the model while the SDK is imported, which takes 1.5 s
-        import runpod
-
-        if local:
-            server.settled.wait()
-            if server.failure:
-                raise SystemExit(1)
-            runpod.serverless.start({"handler": plain_handler})
-        else:
-            serve_queue()
-    finally:
-        server.stop()
-
-
-def exit_soon() -> None:
-    """Ends a worker that never got ready, if the SDK's check, which may not run yet, did not do so."""
-    time.sleep(0.5)
-    os._exit(1)
+        runpod.serverless.start({"handler": local_handler})
+    except SystemExit as done:  # of the local modes
+        end(int(done.code or 0), "the local run is done")
+    end(0, "the API was stopped")
 
 
 if __name__ == "__main__":

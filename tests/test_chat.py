@@ -94,10 +94,10 @@ def test_what_a_chat_may_set_goes_to_ollama_as_it_is(ollama: Ollama) -> None:
     assert (body["format"], body["tools"], body["think"]) == ("json", tools, True)
 
 
-def test_ollama_is_always_asked_to_stream_and_not_to_think(ollama: Ollama) -> None:
+def test_ollama_is_asked_for_a_whole_answer_and_not_to_think(ollama: Ollama) -> None:
     ask(message="Hi")
     body = ollama.last()["body"]
-    assert body["stream"] is True
+    assert body["stream"] is False
     assert body["think"] is False
 
 
@@ -224,12 +224,17 @@ class Truncated(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.mark.usefixtures("ollama")
-def test_a_stream_without_its_closing_line_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_without_its_closing_line_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Truncated) as truncated:
         threading.Thread(target=truncated.serve_forever, daemon=True).start()
-        monkeypatch.setattr(rp_handler, "OLLAMA", truncated.server_address)
+        monkeypatch.setattr(rp_handler, "ADDRESS", f"127.0.0.1:{truncated.server_port}")
         monkeypatch.setattr(rp_handler, "TRIES", {})
-        assert "broke off before its end" in error_of(ask(message="Hi"))
+        event = {"id": "job-1", "input": {"message": "Hi", "stream": stream}}
+        *_, last = rp_handler.answer(event, rp_handler.Job(event, streams=True))
+        assert isinstance(last, dict) and "broke off before its end" in error_of(last)
         truncated.shutdown()
 
 

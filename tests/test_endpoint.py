@@ -358,7 +358,7 @@ def test_tools_are_dropped_for_a_model_without_them_with_one_warning(local: Loop
         assert local.target.sse({"messages": HI, "tools": [CLOCK]})[-1] == "data: [DONE]"
     assert "tools" not in local.ollama.last("/v1/chat/completions")["body"]
     warnings = re.findall(r"warning: .*tools.*", local.worker.log)
-    assert len(warnings) == 1 and "qwen2.5:7b takes them" in warnings[0]
+    assert len(warnings) == 1 and "llama3:latest takes no tools" in warnings[0]
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -598,7 +598,9 @@ def test_the_log_holds_one_line_a_job_and_no_content(local: Loopback) -> None:
     local.target.runsync(message="Hi", model="zebra-crossing")
     local.target.runsync(message="Hi", options={"num_ctx": secret})
     log = local.worker.log[before:]
-    line = rf"{job.id} \| kind=chat model=llama3:latest status=success first_token_ms=\d+ tokens=2 "
+    line = rf"{job.id} \| kind=chat model=llama3:latest status=success seconds=\d+\.\d\d tokens=2\n"
+    assert re.search(line, log)
+    line = r"kind=openai model=llama3:latest status=success seconds=.* tokens=2 first_token_ms=\d+ "
     assert re.search(line, log)
     assert log.count("kind=") == 6
     for private in ("zebra", "whispered", "reply", "+1555", "s3cret"):

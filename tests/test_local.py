@@ -225,3 +225,22 @@ def test_a_running_server_is_used_and_left_running(worker_environment: dict[str,
         assert done.returncode == 0
         assert len(ollama.requests("/api/chat")) == 1
         assert ollama.answers()
+
+
+def test_after_a_kill_the_next_run_finds_the_server_that_was_left(
+    worker_environment: dict[str, str],
+) -> None:
+    api = Api(worker_environment)
+    url = f"http://{worker_environment['OLLAMA_HOST']}/test/state"
+    try:
+        eventually(api.listens, 30)
+        server = requests.get(url, timeout=5).json()["pid"]
+    finally:
+        api.process.kill()
+        api.process.wait()
+    try:
+        assert run(env=worker_environment).returncode == 0
+        assert requests.get(url, timeout=5).json()["pid"] == server
+    finally:
+        os.kill(server, signal.SIGTERM)
+        eventually(lambda: not processes_at(worker_environment["OLLAMA_HOST"]))
