@@ -14,14 +14,27 @@ In a test:
 
 It answers the client API as RunPod's operation reference has it (run, runsync, status, stream,
 cancel, purge-queue, health, openai/*) and the worker API as SDK 1.12 calls it (job-take,
-job-take-batch, job-stop, job-stream, job-done, ping).
+job-take-batch, job-stop, job-stream, job-done, ping). On these channels it fails as a bad network
+and a failing platform do, where a test asks for it:
+
+        endpoint.faults("job-done", ["reset", 429, None, "stall"])  # the next four calls, in order
+        endpoint.storm(seed=7, share={"job-stream": 0.03, "job-take": 0.1})  # at random, until calm()
+        assert endpoint.met["job-done", "reset"] == 1
+
+- "reset": the connection is aborted (RST) without an answer.
+- "stall": no answer, until the caller gives up or `stall` seconds have passed; then a reset.
+- "html": a proxy's page instead of an answer, with 200 for a GET and 502 for a POST.
+- A number: an answer with this status.
+
+A call that met a fault has done nothing: no job is taken, no stop told, no post taken over.
 
 What no source says of the real platform, and is decided here:
 - openai/*: a job that fails before its first byte gives HTTP 500 with an OpenAI error object (which
   the OpenAI client tries again twice); after that the connection is cut, without `[DONE]`.
 - openai/*: a client that hangs up before `[DONE]` cancels its job; clients hang up right after it,
   often before the worker's job-done. Hanging up on runsync cancels nothing.
-- A post that is not strict JSON (NaN) is refused with 400, and its job goes on waiting.
+- A post that is not strict JSON (NaN) is refused with 400, one above its channel's limit with 413;
+  its job goes on waiting.
 - A worker that dies keeps its jobs IN_PROGRESS; `requeue` does what missed pings would lead to.
 - Policies have no minimum, and an expired `ttl` ends a job as TIMED_OUT rather than deleting it.
 """
@@ -33,9 +46,12 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import shlex
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -43,7 +59,7 @@ import threading
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -57,6 +73,11 @@ HANDLER = Path(__file__).resolve().parent.parent / "rp_handler.py"
 POLICY = {"executionTimeout": 600_000, "ttl": 86_400_000}  # the platform's defaults, ms
 RUNSYNC_WAIT_MS = 90_000
 STREAM_WAIT_S = 1.0
+# The docs: a yield's payload is at most 1 MB, /runsync's 20 MB. The SDK counts a MB as 1,000,000
+# bytes (rp_tips), which is also the stricter reading: what passes here passes with 2**20.
+POST_LIMIT = {"job-stream": 1_000_000, "job-done": 20_000_000}
+CHANNELS = ["job-take", "job-stop", "job-stream", "job-done", "ping"]  # job-take: its batch as well
+FAULTS: list[str | int] = ["reset", "stall", "html", 408, 425, 429, 500, 502, 503]
 
 
 class Bell:
@@ -87,13 +108,14 @@ class Job:
     """A live record; times are time.monotonic() seconds."""
 
     id: str
-    raw: dict[str, Any]  # what the worker is handed
+    raw: Any  # what the worker is handed; a dict, unless a test offers something else
     policy: dict[str, Any] = field(default_factory=dict)
     status: str = "IN_QUEUE"
     output: Any = None
     error: Any = None
     chunks: list[tuple[float, Any]] = field(default_factory=list)  # when it got here, output
-    posts: list[bytes] = field(default_factory=list)  # the body of every job-stream and job-done
+    # The body of every job-stream and job-done, but for those that met a fault.
+    posts: list[bytes] = field(default_factory=list)
     late: list[bytes] = field(default_factory=list)  # those that found the job not in progress
     answers: int = 0  # job-done posts
     worker: str | None = None
@@ -107,7 +129,7 @@ class Job:
 
     @property
     def input(self) -> Any:
-        return self.raw.get("input")
+        return self.raw.get("input") if isinstance(self.raw, dict) else None
 
     def beyond(self, chunks: int) -> bool:
         """Whether there is news for a reader who has seen this many chunks."""
@@ -128,10 +150,25 @@ class Pod:
     """A worker as the platform sees it: by its calls alone."""
 
     polled: threading.Event = field(default_factory=threading.Event)
+    polls: list[int] = field(default_factory=list)  # job-takes open now: how many jobs each asks for
     pings: list[dict[str, str]] = field(default_factory=list)
     stops: list[str] = field(default_factory=list)
     bell: Bell = field(default_factory=Bell)
     leaving: bool = False
+
+    @contextlib.contextmanager
+    def polling(self, batch_size: int) -> Iterator[None]:
+        self.polled.set()
+        self.polls.append(batch_size)
+        try:
+            yield
+        finally:
+            self.polls.remove(batch_size)
+
+
+def stormy(dice: random.Random, share: float, stall: float) -> Iterator[tuple[str | int | None, float]]:
+    while True:
+        yield dice.choice(FAULTS) if dice.random() < share else None, stall
 
 
 class Platform:
@@ -144,8 +181,12 @@ class Platform:
         self.queued = Bell()
         self.pods: dict[str, Pod] = {}
         self.retried = 0
+        self.calls: dict[str, list[float]] = {channel: [] for channel in CHANNELS}
+        self.met: Counter[tuple[str, str | int]] = Counter()
+        # By channel: the faults that the next calls meet (None: none), each with its stall in s.
+        self.faults: dict[str, Iterator[tuple[str | int | None, float]]] = {}
         # Prompts and results are larger than the 1 MB that aiohttp takes by default.
-        self.app = web.Application(middlewares=[self.authorize], client_max_size=0)
+        self.app = web.Application(middlewares=[self.authorize, self.disturb], client_max_size=0)
         routes = [
             ("POST", "run", self.run),
             ("POST", "runsync", self.runsync),
@@ -168,8 +209,9 @@ class Platform:
 
     # ---- the life of a job ----
 
-    def submit(self, raw: dict[str, Any], policy: dict[str, Any] | None = None) -> Job:
-        job = Job(str(raw.get("id") or uuid.uuid4()), raw, {**POLICY, **(policy or {})})
+    def submit(self, raw: Any, policy: dict[str, Any] | None = None) -> Job:
+        given = raw.get("id") if isinstance(raw, dict) else None
+        job = Job(str(given or uuid.uuid4()), raw, {**POLICY, **(policy or {})})
         self.jobs[job.id] = job
         self.expire(job, "ttl")
         self.queue.append(job)
@@ -181,7 +223,7 @@ class Platform:
         loop = asyncio.get_running_loop()
         job.timers.append(loop.call_later(seconds, self.stop, job, "TIMED_OUT"))
 
-    def take(self, pod: str) -> dict[str, Any]:
+    def take(self, pod: str) -> Any:
         job = self.queue.popleft()
         job.status, job.worker, job.taken = "IN_PROGRESS", pod, time.monotonic()
         self.expire(job, "executionTimeout")
@@ -336,6 +378,39 @@ class Platform:
     def pod(self, request: web.Request) -> Pod:
         return self.pods.setdefault(request.match_info["pod"], Pod())
 
+    @web.middleware
+    async def disturb(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        """Record a worker's call, and let it meet the fault that is due in place of its handler."""
+        if "pod" not in request.match_info:
+            return await handler(request)
+        channel, pod = request.path.split("/")[3].removesuffix("-batch"), self.pod(request)
+        self.calls[channel].append(time.monotonic())
+        batch_size = int(request.query.get("batch_size", 1))
+        with pod.polling(batch_size) if channel == "job-take" else contextlib.nullcontext():
+            fault, stall = next(self.faults.get(channel, iter(())), (None, 0))
+            if fault is None or pod.leaving:
+                return await handler(request)
+            self.met[channel, fault] += 1
+            await request.read()  # all of a post has been sent when its fault is met
+            if fault == "stall":
+                await pod.bell.until(lambda: pod.leaving, stall)
+            return await self.fail(request, fault)
+
+    async def fail(self, request: web.Request, fault: str | int) -> web.Response:
+        if isinstance(fault, int):
+            return web.Response(status=fault, text="an injected fault")
+        if fault == "html":
+            page = "<html><body><h1>The site is down for a moment</h1></body></html>"
+            status = 200 if request.method == "GET" else 502
+            return web.Response(status=status, text=page, content_type="text/html")
+        if request.transport:
+            linger = struct.pack("ii", 1, 0)  # closes with RST rather than FIN
+            request.transport.get_extra_info("socket").setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, linger
+            )
+            request.transport.abort()
+        return await asyncio.get_running_loop().create_future()  # the loss of the connection ends it
+
     async def hold(self, bell: Bell, pod: Pod, ready: Callable[[], Any]) -> None:
         """Hold a poll open until there is an answer; `release` ends those that are held."""
         leaving = pod.leaving
@@ -346,7 +421,6 @@ class Platform:
 
     async def job_take(self, request: web.Request) -> web.Response:
         pod, name = self.pod(request), request.match_info["pod"]
-        pod.polled.set()
         await self.hold(self.queued, pod, lambda: self.queue and not pod.leaving)
         # A poller that has gone must not take a job along.
         gone = pod.leaving or request.transport is None or request.transport.is_closing()
@@ -376,9 +450,12 @@ class Platform:
         return web.json_response({})
 
     async def job_post(self, request: web.Request) -> web.Response:
-        deliver = self.chunk if "/job-stream/" in request.path else self.result
+        channel = request.path.split("/")[3]
+        deliver = self.chunk if channel == "job-stream" else self.result
         job, body = self.find(request), await request.read()
         job.posts.append(body)
+        if len(body) > POST_LIMIT[channel]:
+            raise web.HTTPRequestEntityTooLarge(POST_LIMIT[channel], len(body))
         try:
             posted = json.loads(body, parse_constant=int)  # int("NaN") raises ValueError
         except ValueError:
@@ -508,13 +585,45 @@ class Endpoint:
             raise TimeoutError(f"{job_id} is {job.status} after {timeout} s\n{logs}")
         return job
 
-    def offer(self, raw_jobs: list[dict[str, Any]]) -> list[str]:
-        """Queue these dicts, all at once, for the worker to be handed as they are; their ids."""
+    def offer(self, raw_jobs: list[Any]) -> list[str]:
+        """Queue these, all at once, for the worker to be handed as they are.
+
+        The ids of their records: their own, or one that the worker never sees.
+        """
         return self.in_loop(lambda: [self.platform.submit(raw).id for raw in raw_jobs])
 
     def requeue(self, job_id: str) -> None:
         """Give a job in progress back to the queue, as missed pings would."""
         self.in_loop(self.platform.requeue, self.jobs[job_id])
+
+    def faults(self, channel: str, kinds: Sequence[str | int | None], stall: float = 86_400) -> None:
+        """Let the next calls of a channel meet these, one each, in place of what was due before."""
+        assert channel in CHANNELS, channel
+        assert all(kind is None or isinstance(kind, int) or kind in FAULTS for kind in kinds), kinds
+        self.platform.faults[channel] = iter([(kind, stall) for kind in kinds])
+
+    def storm(self, seed: int, share: Mapping[str, float], stall: float = 1.5) -> None:
+        """Let each call of these channels meet any fault, with the channel's probability.
+
+        With the same seed, the nth call of a channel meets the same.
+        """
+        assert set(share) <= set(CHANNELS), share
+        for channel, part in share.items():
+            self.platform.faults[channel] = stormy(random.Random(f"{seed} {channel}"), part, stall)
+
+    def calm(self) -> None:
+        """No more faults; a call that stalls goes on stalling."""
+        self.platform.faults.clear()
+
+    @property
+    def calls(self) -> dict[str, list[float]]:
+        """By channel, the time.monotonic() of every call of a worker, faults or not."""
+        return self.platform.calls
+
+    @property
+    def met(self) -> Counter[tuple[str, str | int]]:
+        """How many calls met a fault, by channel and kind."""
+        return self.platform.met
 
     @contextlib.contextmanager
     def worker(
