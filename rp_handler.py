@@ -980,7 +980,7 @@ POST_SECONDS, DELIVERY_SECONDS = 10, 30  # one try, and all tries, of one chunk 
 
 @functools.cache
 def sdk() -> SimpleNamespace:
-    """What Queue uses of the SDK, by name."""
+    """What the worker uses of the SDK, by name; ImportError says which is missing."""
     names = {
         "aiohttp_retry": "ExponentialRetry RetryClient",
         "runpod.http_client": "AsyncClientSession",
@@ -992,8 +992,8 @@ def sdk() -> SimpleNamespace:
     }
     try:
         found = {n: getattr(import_module(m), n) for m, listed in names.items() for n in listed.split()}
-    except (ImportError, AttributeError) as error:
-        end(1, f"This worker needs runpod>=1.12,<1.13: {error}.")
+    except AttributeError as error:
+        raise ImportError(error) from None
     return SimpleNamespace(**found)
 
 
@@ -1203,7 +1203,8 @@ def end(code: int, reason: str, grace: float = 5) -> NoReturn:
     log(f"{'error' if code else 'ended'}: {reason}")
     server.stop(grace)
     if code and ON_RUNPOD:  # the platform hears why, as from the SDK's own checks
-        sdk()._report_unhealthy("ollama", reason)
+        with contextlib.suppress(ImportError):
+            sdk()._report_unhealthy("ollama", reason)
     for child in multiprocessing.active_children():  # the SDK's pings
         child.kill()
     sys.stdout.flush()
@@ -1231,8 +1232,13 @@ def main() -> None:
         signal.signal(signum, lambda *_: end(0, "stopped by a signal"))
     server.must_load = not local
     server.start()  # loads the model while the SDK is imported
-    import runpod
-    from runpod.serverless.modules import rp_scale
+    try:
+        import runpod
+        from runpod.serverless.modules import rp_scale
+
+        sdk()
+    except ImportError as error:
+        end(1, f"This worker needs runpod>=1.12,<1.13. {error}")
 
     def model_is_loaded() -> None:
         try:
@@ -1245,7 +1251,7 @@ def main() -> None:
 
     if local:
         model_is_loaded()
-    elif sdk():
+    else:
         rp_scale.JobScaler = Queue
         runpod.serverless.register_fitness_check(model_is_loaded)  # before the first job-take
     try:

@@ -61,7 +61,11 @@ def trickle(start: bytes, more: bytes) -> Callable[[socket.socket], None]:
 
 
 def say(*parts: bytes) -> Callable[[socket.socket], None]:
-    return lambda connection: [connection.sendall(part) for part in parts] and None
+    def part(connection: socket.socket) -> None:
+        for each in parts:
+            connection.sendall(each)
+
+    return part
 
 
 def hang(connection: socket.socket) -> None:
