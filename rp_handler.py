@@ -73,9 +73,10 @@ ON_RUNPOD = "RUNPOD_WEBHOOK_GET_JOB" in os.environ  # set on the platform only: 
 if not ON_RUNPOD:
     from dotenv import load_dotenv
 
-    load_dotenv(Path(__file__).with_name(".env"))  # the real environment wins
-
-os.environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")  # the SDK's default logs every word of a caller
+    try:
+        load_dotenv(Path(__file__).with_name(".env"))  # the real environment wins
+    except UnicodeDecodeError:
+        raise SystemExit(".env must be a text in UTF-8.") from None
 
 
 def setting(name: str, default: str, read: Callable[[str], Any], form: str) -> Any:
@@ -92,14 +93,23 @@ def setting(name: str, default: str, read: Callable[[str], Any], form: str) -> A
 
 
 def host_and_port(text: str) -> tuple[str, int]:
-    """OLLAMA_HOST as Ollama reads it: scheme and port may be missing; 0.0.0.0 is spoken to locally."""
-    url = urlsplit(text if "://" in text else f"http://{text}")
-    if url.scheme != "http":
+    """OLLAMA_HOST as Ollama reads it [envconfig/config.go]; 0.0.0.0 is spoken to locally."""
+    scheme, _, place = text.strip("\"'").removesuffix("/").rpartition("://")
+    if place.count(":") > 1 and "[" not in place:
+        place = f"[{place}]"  # an IPv6 address and no port
+    url = urlsplit(f"//{place}")
+    port = (80 if scheme else 11434) if url.port is None else url.port
+    if scheme not in ("", "http") or not port or not re.fullmatch(r"[\w.:\[\]-]*", place, re.A):
         raise ValueError
-    host = "127.0.0.1" if url.hostname in (None, "0.0.0.0", "::") else url.hostname
-    return host, url.port or 11434
+    return "127.0.0.1" if url.hostname in (None, "0.0.0.0", "::") else url.hostname, port
 
 
+LOG_LEVELS = {name: name for name in ("NOTSET", "TRACE", "DEBUG", "INFO", "WARN", "ERROR")}
+LOG_LEVELS["WARNING"] = "WARN"
+# The SDK's default logs every word of a caller; what it does not know ends in its traceback.
+os.environ["RUNPOD_LOG_LEVEL"] = setting(
+    "RUNPOD_LOG_LEVEL", "INFO", lambda text: LOG_LEVELS[text.upper()], "DEBUG, INFO, WARN or ERROR"
+)
 OLLAMA = setting("OLLAMA_HOST", "127.0.0.1:11434", host_and_port, "host:port, spoken to over http")
 ADDRESS = f"[{OLLAMA[0]}]:{OLLAMA[1]}" if ":" in OLLAMA[0] else f"{OLLAMA[0]}:{OLLAMA[1]}"
 MODELS = setting("MODELS", "llama3:latest qwen2.5:7b", str.split, "model names, blanks between them")
@@ -107,6 +117,7 @@ MAX_CONCURRENCY = setting("MAX_CONCURRENCY", "8", int, "a whole number above 0")
 MAX_TOKENS = setting("MAX_TOKENS", "1024", int, "a whole number above 0")
 REQUEST_TIMEOUT = setting("REQUEST_TIMEOUT", "50", float, "seconds above 0")
 STARTUP_TIMEOUT = setting("STARTUP_TIMEOUT", "300", float, "seconds above 0")
+CONTEXT_LENGTH = setting("OLLAMA_CONTEXT_LENGTH", "4096", int, "a whole number above 0")
 STREAMING = setting(
     "STREAMING", "true", lambda text: {"true": True, "false": False}[text.lower()], "true or false"
 )
@@ -171,7 +182,7 @@ class Job:
             raise JobError("The job was cancelled.")
         if left <= 0:
             limit = f"{self.limit}={self.seconds:g} s"
-            raise JobError(f"Not done within {limit}: ask for less, or raise it.")
+            raise JobError(f"Not done within {limit}: ask for less, or raise it.", cure="more time")
         return left
 
     def holds(self, connection: socket.socket) -> None:
@@ -219,8 +230,9 @@ def answer(event: Any, job: Job) -> Iterator[Piece]:
             yield failure("The input is nested too deeply; send it flatter.")
         except Exception as error:
             # A defect. Its text may hold a caller's words, so the log names only its place.
-            *_, place = traceback.walk_tb(error.__traceback__)
-            where = f"{type(error).__name__} in line {place[1]}"
+            trace = traceback.walk_tb(error.__traceback__)
+            *_, line = (line for frame, line in trace if frame.f_globals is globals())
+            where = f"{type(error).__name__} in line {line}"
             log(f"defect: {where}", job)
             yield failure(f"The worker failed on this job ({where}); please report it.")
         finally:
@@ -264,7 +276,7 @@ def shown(value: Any) -> str:
 
 
 def log(text: str, job: Job | None = None) -> None:
-    print(f"{job.id} | {text}" if job else text, file=sys.stderr, flush=True)
+    sys.stderr.write(f"{job.id} | {text}\n" if job else f"{text}\n")  # one write: lines stay whole
 
 
 def log_job(job: Job, status: str) -> None:
@@ -281,6 +293,10 @@ def log_job(job: Job, status: str) -> None:
 # ---- Chat jobs ---------------------------------------------------------------------------------------
 
 CHAT_FIELDS = ("options", "format", "tools", "think")  # go to Ollama as they are
+# Options for which Ollama loads the model anew, under everybody's calls, where they differ from what
+# it was loaded with [server/sched.go, needsReload]. None: whatever a job gives differs.
+LOADED_WITH = {"num_ctx": CONTEXT_LENGTH, "num_gpu": -1, "num_thread": 0}
+LOADED_WITH |= dict.fromkeys(("num_batch", "main_gpu", "use_mmap"))
 
 
 def chat(job_input: dict[str, Any], job: Job) -> Iterator[Piece]:
@@ -302,6 +318,12 @@ def chat_body(job_input: dict[str, Any]) -> dict[str, Any]:
     options = body.setdefault("options", {})
     if not isinstance(options, dict):
         raise JobError('"options" must be an object of Ollama\'s options, such as {"temperature": 0}.')
+    for name, ours in LOADED_WITH.items():
+        given = options.get(name)
+        if isinstance(given, (int, float)) and given != ours:
+            sets = "OLLAMA_CONTEXT_LENGTH" if name == "num_ctx" else f"PARAMETER {name} in its Modelfile"
+            reload = f'"{name}": {given} would load the model anew under everybody\'s calls'
+            raise JobError(f"{reload}: leave it out; {sets} sets it for all.")
     body["options"] = {**options, "num_predict": max_tokens(options.get("num_predict"))}
     return body
 
@@ -319,11 +341,17 @@ def chat_messages(job_input: dict[str, Any]) -> list[dict[str, Any]]:
     for turn in messages:
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
             raise JobError('Each of "messages" must be like {"role": "user", "content": "…"}.')
+    messages = [with_system_role(turn) for turn in messages]
     if system is not None and not isinstance(system, str):
         raise JobError('"system" must be a text.')
     if system is None and not any(turn["role"] == "system" for turn in messages):
         system = SYSTEM_PROMPT
     return [{"role": "system", "content": system}, *messages] if system else messages
+
+
+def with_system_role(turn: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI's newer name for `system`; Ollama's templates drop a turn of that role in silence."""
+    return {**turn, "role": "system"} if turn.get("role") == "developer" else turn
 
 
 def chat_whole(job: Job, body: dict[str, Any]) -> Iterator[Piece]:
@@ -447,6 +475,8 @@ def openai_body(route: str, sent: dict[str, Any]) -> dict[str, Any]:
     if "max_tokens" in ROUTES[route]:
         limit = body.get("max_tokens") or sent.get("max_completion_tokens")  # OpenAI's newer name
         body["max_tokens"] = max_tokens(limit)
+    if sent.get("tool_choice") == "none":  # which Ollama ignores
+        body.pop("tools", None)
     if route == "/v1/chat/completions":
         if isinstance(body.get("messages"), list):
             body["messages"] = [mended(turn) for turn in body["messages"]]
@@ -459,7 +489,7 @@ def mended(turn: Any) -> Any:
     """A turn as Ollama takes it: it refuses the `content: null` and `arguments: ""` that VAPI sends."""
     if not isinstance(turn, dict):
         return turn
-    turn = {**turn, "content": "" if turn.get("content") is None else turn["content"]}
+    turn = {**with_system_role(turn), "content": "" if turn.get("content") is None else turn["content"]}
     if isinstance(turn.get("tool_calls"), list):
         turn["tool_calls"] = [with_arguments(call) for call in turn["tool_calls"]]
     return turn
@@ -638,7 +668,8 @@ def handoff(_message: dict[str, Any], _job: Job) -> dict[str, Any]:
 
 def end_of_call(message: dict[str, Any], job: Job) -> dict[str, Any]:
     """Logs how a call ended: identifiers and a number, nothing that was said."""
-    call_id, reason = identifier(call_id_of(message, None)), identifier(message.get("endedReason"))
+    call_id = identifier(call_id_of(message, None), r"(?i)[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+    reason = identifier(message.get("endedReason"), ENDED_REASON)
     seconds = message.get("durationSeconds")  # in captures; VAPI's schema has only the two times
     with contextlib.suppress(KeyError, AttributeError, ValueError, TypeError):
         times = [message[key].replace("Z", "+00:00") for key in ("startedAt", "endedAt")]
@@ -651,9 +682,16 @@ def end_of_call(message: dict[str, Any], job: Job) -> dict[str, Any]:
     return {}
 
 
-def identifier(value: Any) -> str:
-    """`value` for the log, if it can only be an identifier and not somebody's words."""
-    return value if isinstance(value, str) and re.fullmatch(r"[\w.-]{1,100}", value) else "-"
+# The words that VAPI's reasons begin with, and those of one word [its openapi.json, 603 reasons].
+ENDED_REASON = (
+    "(assistant|call|campaign|customer|exceeded|manually|phone|pipeline|scheduled|silence|twilio|vonage"
+    r"|worker)[.-][a-z\d.-]+|aborted|cancelled|error|hangup|timeout|voicemail"
+)
+
+
+def identifier(value: Any, form: str) -> str:
+    """`value` for the log, where it can only be an identifier and not somebody's words or number."""
+    return value if isinstance(value, str) and re.fullmatch(form, value) else "-"
 
 
 # A message's type, and its answer or what makes it.
@@ -680,16 +718,18 @@ def tried(
     job: Job, attempt: Callable[[Job, dict[str, Any]], Iterator[Piece]], body: dict[str, Any]
 ) -> Iterator[Piece]:
     """Runs `attempt` again where that can help, as long as nothing of it has left."""
-    left = False
+    begun = False
     for tries in itertools.count(1):
         server.ready(job, again=tries > 1)
         try:
             for piece in attempt(job, body):
-                left = True
+                begun = True
                 yield piece
             return
         except JobError as error:
-            if left or tries >= TRIES.get(error.cure or "", 1):
+            if error.cure == "more time" and not begun:
+                server.suspect(body.get("model", MODELS[0]))
+            if begun or tries >= TRIES.get(error.cure or "", 1):
                 raise
             if error.cure == "free place":
                 time.sleep(min(0.5 * tries, job.left()))
@@ -792,7 +832,9 @@ SERVER_ENVIRONMENT = {  # of a server that the worker starts; what the environme
     "OLLAMA_KEEP_ALIVE": "-1",
     "OLLAMA_NO_CLOUD": "1",  # else a prompt for a ":cloud" model goes to ollama.com
     "OLLAMA_NUM_PARALLEL": str(MAX_CONCURRENCY),  # Ollama's default is 1: the other jobs would queue
-    "OLLAMA_CONTEXT_LENGTH": "4096",  # tokens for each job; memory grows with it times the jobs
+    "OLLAMA_CONTEXT_LENGTH": str(
+        CONTEXT_LENGTH
+    ),  # tokens for each job; memory grows with it times the jobs
 }
 DEATHS, WITHIN = 5, 600  # so many deaths of the server within so many s are its last
 
@@ -837,6 +879,39 @@ class Server:
                 self.up.clear()
                 self.start()
 
+    def suspect(self, model: str) -> None:
+        """A job ran into its limit without a byte: no job is taken until it is known what that was."""
+        with self._lock:
+            if self._process and self.up.is_set():
+                self.up.clear()
+                question = threading.Thread(target=self._question, args=(self._process, model))
+                question.daemon = True
+                question.start()
+
+    def _question(self, process: subprocess.Popen[bytes], model: str) -> None:
+        """Ends a server that says no version, or whose model says no token: it hangs, and is not slow.
+
+        The jobs before it may take their whole time where a model has one slot only: hence the 10 s.
+        """
+        token = {"model": model, "prompt": "Hi", "stream": False, "options": {"num_predict": 1}}
+        seconds = REQUEST_TIMEOUT + 10 if model == MODELS[0] else STARTUP_TIMEOUT  # it may be loading
+        try:
+            with Job(seconds=5) as job:
+                ask(job, "GET", "/api/version")
+            with Job(seconds=seconds) as job:
+                ask(job, "POST", "/api/generate", token)
+        except JobError as error:
+            if error.cure == "more time":
+                log(f"warning: Ollama, or its runner of {model}, hangs and is killed")
+                process.kill()
+                try:
+                    process.wait(10)
+                except subprocess.TimeoutExpired:
+                    self._fail("Ollama hangs and cannot be killed.")
+                return
+        if process is self._process and process.poll() is None:
+            self.up.set()
+
     def stop(self, grace: float = 5) -> None:
         """Ends the server that the worker started: asks it, and after `grace` s ends it by force."""
         with self._lock:
@@ -875,7 +950,10 @@ class Server:
     def _begin(self) -> subprocess.Popen[bytes] | None:
         """Finds the server, or starts one, and loads the default model; returns its own process."""
         with Job(seconds=STARTUP_TIMEOUT, limit="STARTUP_TIMEOUT") as job:
-            process = None if answers() else self._spawn()
+            process = None if listens() else self._spawn()
+            if not process and not answers():
+                no_answer = "GET /api/version was not answered within 2 s"
+                raise JobError(f"{ADDRESS} is taken by something that is not Ollama: {no_answer}.")
             while process and not listens():
                 if process.poll() is not None:
                     self._sweep(process)
@@ -939,6 +1017,10 @@ class Server:
         """Ends the runners that a killed server leaves behind; they hold the GPU's memory."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):  # no child (any more)
+            for _ in range(50):  # they are this worker's to reap where it is the first process
+                os.waitpid(-process.pid, os.WNOHANG)
+                time.sleep(0.02)
 
 
 def listens() -> bool:
@@ -1088,11 +1170,13 @@ class Queue:
                     result = {"error": str(error)}
                     break
         job.stop()
+        url = f"{sdk().JOB_DONE_URL}&isStream={str(STREAMING).lower()}"
         try:
-            url = f"{sdk().JOB_DONE_URL}&isStream={str(STREAMING).lower()}"
             await self._deliver(job, url, result)
         except JobError as error:
             log(f"error: the result could not be delivered. {error}", job)
+            if error.cure == "less":  # then at least that
+                await self._deliver(job, url, {"error": str(error)})
 
     async def _deliver(self, job: Job, url: str, content: dict[str, Any]) -> None:
         """Posts a chunk or a result, and again after what may pass; JobError where it is not taken."""
@@ -1123,8 +1207,9 @@ class Queue:
         try:
             await asyncio.wait_for(post(), DELIVERY_SECONDS)
         except (aiohttp.ClientError, asyncio.TimeoutError) as error:
-            reason = getattr(error, "status", type(error).__name__)
-            raise JobError(f"RunPod did not take what came of the job ({reason}).") from None
+            status = getattr(error, "status", type(error).__name__)
+            text = f"RunPod did not take what came of the job ({status})."
+            raise JobError(text, cure="less" if status == 413 else None) from None
 
 
 async def polled(poll: Callable[[], Awaitable[Any]]) -> AsyncIterator[Any]:
@@ -1230,6 +1315,7 @@ def main() -> None:
     local = is_local()
     for signum in SIGNALS:  # until the queue's loop has its own
         signal.signal(signum, lambda *_: end(0, "stopped by a signal"))
+    sys.stdout.reconfigure(line_buffering=True, write_through=False)  # type: ignore[union-attr]  # the SDK's lines, whole
     server.must_load = not local
     server.start()  # loads the model while the SDK is imported
     try:

@@ -78,6 +78,12 @@ def test_the_system_prompt_stands_in_where_a_chat_brings_none(
     assert [turn["content"] for turn in turns if turn["role"] == "system"] == [system]
 
 
+def test_the_role_developer_is_system_which_ollama_knows(ollama: Ollama) -> None:
+    turns = [{"role": "developer", "content": "Rhyme."}, {"role": "user", "content": "Hi"}]
+    ask(messages=turns)
+    assert ollama.last()["body"]["messages"] == [{"role": "system", "content": "Rhyme."}, turns[1]]
+
+
 def test_the_empty_system_message_means_none(ollama: Ollama) -> None:
     ask(message="Hi", system="")
     assert ollama.last()["body"]["messages"] == [{"role": "user", "content": "Hi"}]
@@ -86,7 +92,7 @@ def test_the_empty_system_message_means_none(ollama: Ollama) -> None:
 def test_what_a_chat_may_set_goes_to_ollama_as_it_is(ollama: Ollama) -> None:
     ollama.script(capabilities={"qwen2.5:7b": ["completion", "tools", "thinking"]})
     tools = [{"type": "function", "function": {"name": "clock", "parameters": {"type": "object"}}}]
-    options = {"temperature": 0, "num_predict": 7, "num_ctx": 512, "stop": ["x"], "seed": 4}
+    options = {"temperature": 0, "num_predict": 7, "num_ctx": 4096, "stop": ["x"], "seed": 4}
     ask(message="Hi", model="qwen2.5:7b", options=options, format="json", tools=tools, think=True)
     body = ollama.last()["body"]
     assert body["model"] == "qwen2.5:7b"
@@ -161,6 +167,12 @@ BAD_EVENTS: list[tuple[Any, str]] = [
     ({"input": {"message": "Hi", "system": 5}}, "system"),
     ({"input": {"message": "Hi", "options": [1]}}, "options"),
     ({"input": {"message": "Hi", "options": {"num_ctx": "x"}}}, "num_ctx.*integer"),
+    ({"input": {"message": "Hi", "options": {"num_ctx": 8192}}}, "anew.*OLLAMA_CONTEXT_LENGTH"),
+    ({"input": {"message": "Hi", "options": {"num_batch": 512}}}, "anew.*PARAMETER num_batch"),
+    ({"input": {"message": "Hi", "options": {"num_gpu": 0}}}, "anew.*PARAMETER num_gpu"),
+    ({"input": {"message": "Hi", "options": {"main_gpu": 0}}}, "anew.*PARAMETER main_gpu"),
+    ({"input": {"message": "Hi", "options": {"use_mmap": False}}}, "anew.*PARAMETER use_mmap"),
+    ({"input": {"message": "Hi", "options": {"num_thread": 4}}}, "anew.*PARAMETER num_thread"),
     ({"input": {"message": "Hi", "format": 5}}, "invalid format"),
     ({"input": {"message": "Hi", "model": 5}}, "model"),
     ({"input": {"message": "Hi", "model": "nope:1b"}}, "'nope:1b' not found.*llama3:latest, qwen2.5:7b"),

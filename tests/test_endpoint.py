@@ -297,6 +297,8 @@ def test_an_openai_error_carries_ollamas_own_words(
         "/v1/models?x=1",
         "/v1/chat/completions/",
         "//v1/models",
+        "/v1/chät/completions",
+        "/v1/models/llamä",
         "",
         7,
         ["/v1/models"],
@@ -342,6 +344,17 @@ def test_defaults_fill_what_a_body_leaves_out(
     local.target.sse({"messages": HI, **sent})
     body = local.ollama.last("/v1/chat/completions")["body"]
     assert received.items() <= body.items()
+
+
+def test_the_role_developer_is_system_and_tool_choice_none_drops_the_tools(local: Loopback) -> None:
+    local.script(capabilities={"qwen2.5:7b": ["completion", "tools"]})
+    rule = {"role": "developer", "content": "Rhyme."}
+    body = {"model": "qwen2.5:7b", "messages": [rule, *HI], "tools": [CLOCK]}
+    local.target.sse({**body, "tool_choice": "auto"})
+    asked = local.ollama.last("/v1/chat/completions")["body"]
+    assert asked["messages"][0] == {"role": "system", "content": "Rhyme."} and asked["tools"]
+    local.target.sse({**body, "tool_choice": "none"})
+    assert "tools" not in local.ollama.last("/v1/chat/completions")["body"]
 
 
 def test_turns_that_ollama_refuses_are_mended(local: Loopback) -> None:

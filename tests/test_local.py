@@ -106,6 +106,13 @@ def test_a_server_that_does_not_start_is_told_with_its_own_words(
         ("STREAMING", "maybe", "true or false"),
         ("OLLAMA_HOST", "https://example.com", "host:port, spoken to over http"),
         ("OLLAMA_HOST", "127.0.0.1:x", "host:port, spoken to over http"),
+        ("OLLAMA_HOST", "127.0.0.1:0", "host:port, spoken to over http"),
+        ("OLLAMA_HOST", "127.0.0.1:70000", "host:port, spoken to over http"),
+        ("OLLAMA_HOST", "a b:1", "host:port, spoken to over http"),
+        ("OLLAMA_HOST", "me@host:1", "host:port, spoken to over http"),
+        ("OLLAMA_HOST", "http://host/path", "host:port, spoken to over http"),
+        ("OLLAMA_CONTEXT_LENGTH", "0", "a whole number above 0"),
+        ("RUNPOD_LOG_LEVEL", "loud", "DEBUG, INFO, WARN or ERROR"),
     ],
 )
 def test_a_setting_that_cannot_be_used_stops_the_start(name: str, value: str, words: str) -> None:
@@ -125,6 +132,23 @@ def test_settings_come_from_dot_env_and_the_real_environment_wins(tmp_path: Path
     assert done.stdout.split() == ["77", "5"]
 
 
+@pytest.mark.parametrize("level", ["warning", "", "INFO ", "Error"])
+def test_a_log_level_is_read_as_people_write_it(scripted_server: Ollama, level: str) -> None:
+    done = run(
+        "--test_input", '{"input": {"message": "Hi"}}', env={**os.environ, "RUNPOD_LOG_LEVEL": level}
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+
+
+def test_a_dot_env_that_is_no_text_stops_the_start_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "rp_handler.py").write_text((PROJECT / "rp_handler.py").read_text())
+    (tmp_path / ".env").write_bytes("SYSTEM_PROMPT=Grüße".encode("latin-1"))
+    done = subprocess.run(
+        [sys.executable, "rp_handler.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (1, ".env must be a text in UTF-8.\n")
+
+
 @pytest.mark.parametrize(
     ("value", "address"),
     [
@@ -134,6 +158,11 @@ def test_settings_come_from_dot_env_and_the_real_environment_wins(tmp_path: Path
         (":5", ("127.0.0.1", 5)),
         ("http://10.0.0.1:5", ("10.0.0.1", 5)),
         ("[::1]:5", ("::1", 5)),
+        ("::1", ("::1", 11434)),
+        ("[::1]", ("::1", 11434)),
+        ("http://host", ("host", 80)),
+        ("http://host:5/", ("host", 5)),
+        ('"127.0.0.1:5"', ("127.0.0.1", 5)),
     ],
 )
 def test_ollama_host_is_read_as_ollama_reads_it(value: str, address: tuple[str, int]) -> None:

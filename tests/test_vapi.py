@@ -140,28 +140,41 @@ def test_destinations_come_from_the_settings(monkeypatch: pytest.MonkeyPatch) ->
     }
 
 
+CALL_ID = "0f3b6c1e-8a34-4b58-9a6e-1f0f5a4b7c21"
+
+
 @pytest.mark.parametrize(
-    ("fields", "line"),
+    ("call_id", "fields", "line"),
     [
         (
+            CALL_ID,
             {
                 "endedReason": "customer-ended-call",
                 "startedAt": "2026-11-01T10:00:00.000Z",
                 "endedAt": "2026-11-01T10:01:02.500Z",
             },
-            "call=call-1 ended: customer-ended-call after 62.5 s",
+            f"call={CALL_ID} ended: customer-ended-call after 62.5 s",
         ),
-        ({"endedReason": "hangup", "durationSeconds": 9}, "call=call-1 ended: hangup after 9 s"),
-        ({"endedReason": "he said zebra"}, "call=call-1 ended: - after - s"),
-        ({"endedReason": None, "startedAt": 5, "endedAt": None}, "call=call-1 ended: - after - s"),
+        (
+            CALL_ID.upper(),
+            {"endedReason": "call.in-progress.error-providerfault-custom-llm-500-server-error"},
+            "ended: call.in-progress.error-providerfault-custom-llm-500-server-error after - s",
+        ),
+        (CALL_ID, {"endedReason": "voicemail", "durationSeconds": 9}, "ended: voicemail after 9 s"),
+        ("15551234567", {"endedReason": "Zebra"}, "call=- ended: - after - s"),
+        ("zebra-1", {"endedReason": "zebra"}, "call=- ended: - after - s"),
+        ("+15551234567", {"endedReason": "he said zebra"}, "call=- ended: - after - s"),
+        (5, {"endedReason": None, "startedAt": 5, "endedAt": None}, "call=- ended: - after - s"),
+        (None, {"endedReason": "zebra-zebra", "durationSeconds": "zebra"}, "call=- ended: - after - s"),
     ],
 )
 def test_end_of_call_logs_one_line_and_no_transcript(
-    capfd: pytest.CaptureFixture[str], fields: dict[str, Any], line: str
+    capfd: pytest.CaptureFixture[str], call_id: Any, fields: dict[str, Any], line: str
 ) -> None:
-    assert answer("end-of-call-report", artifact={"transcript": "User: zebra"}, **fields) == {}
+    message = {"type": "end-of-call-report", "call": {"id": call_id}, **fields}
+    assert job_for({**message, "artifact": {"transcript": "User: zebra"}})["vapi_response"] == {}
     logged = capfd.readouterr().err
-    assert line in logged and "zebra" not in logged
+    assert line in logged and "zebra" not in logged.lower() and "1555" not in logged
     assert len(logged.splitlines()) == 2  # this, and the job's own
 
 
