@@ -1056,15 +1056,14 @@ server = Server()
 # runpod<1.13. tests/test_sdk.py runs the SDK's own loop and tells when a line here is no longer true.
 
 CHUNK_BYTES = 512 * 1024  # RunPod's limit for a streamed chunk is 1 MB, and JSON may double quotes
-POLL_SECONDS = 90  # a long poll, as in the SDK
-POST_SECONDS, DELIVERY_SECONDS = 10, 30  # one try, and all tries, of one chunk or result
+POLL_SECONDS = 90  # a long poll for stops, as in the SDK
+POST_SECONDS, DELIVERY_SECONDS = 5, 30  # one try, and all tries, of one chunk or result
 
 
 @functools.cache
 def sdk() -> SimpleNamespace:
     """What the worker uses of the SDK, by name; ImportError says which is missing."""
     names = {
-        "aiohttp_retry": "ExponentialRetry RetryClient",
         "runpod.http_client": "AsyncClientSession",
         "runpod.serverless.modules.rp_fitness": "_report_unhealthy",
         "runpod.serverless.modules.rp_http": "JOB_DONE_URL JOB_STREAM_URL",
@@ -1084,6 +1083,7 @@ class Queue:
 
     def __init__(self, _config: Any = None) -> None:
         self.tasks: dict[str, asyncio.Task[None]] = {}  # by job id: they hold the worker's places
+        self.early_stops: collections.deque[str] = collections.deque(maxlen=100)  # before their job
         self.stopping = asyncio.Event()
 
     def start(self) -> None:  # the SDK calls it
@@ -1117,16 +1117,23 @@ class Queue:
         self.stopping.set()
 
     async def _take_jobs(self) -> None:
-        async def take() -> Any:
-            while self.stopping.is_set() or not server.up.is_set() or self._places() == 0:
-                await asyncio.sleep(0.02)
-            return await asyncio.wait_for(sdk().get_job(self.session, self._places()), POLL_SECONDS)
-
-        async for event in polled(take):
+        async for event in polled(self._take):
             if not isinstance(event, dict) or not isinstance(event.get("id"), str):
                 log("warning: a job without an id came, which cannot be answered")
-            elif event["id"] not in self.tasks:
+            elif event["id"] not in (*self.tasks, *self.early_stops):
                 self._begin(event)
+
+    async def _take(self) -> Any:
+        """A long poll for as many jobs as there are places; given up where none may be taken now."""
+        while not (self._takes() and self._places()):
+            await asyncio.sleep(0.02)
+        poll = asyncio.ensure_future(sdk().get_job(self.session, self._places()))
+        while self._takes() and not poll.done():
+            await asyncio.wait({poll}, timeout=0.05)
+        return poll.result() if poll.done() else poll.cancel() and None
+
+    def _takes(self) -> bool:
+        return server.up.is_set() and not self.stopping.is_set()
 
     def _places(self) -> int:
         return MAX_CONCURRENCY - len(self.tasks)
@@ -1146,11 +1153,14 @@ class Queue:
 
     async def _hear_stops(self) -> None:
         """Cancels the jobs that were cancelled, or have run into their policy, at the platform."""
-        async for job_id in polled(
-            lambda: asyncio.wait_for(sdk().get_stop_signals(self.session), POLL_SECONDS)
-        ):
+        async for job_id in polled(self._poll_stops):
             if job_id in self.tasks:
                 self.tasks[job_id].cancel()
+            else:
+                self.early_stops.append(job_id)
+
+    async def _poll_stops(self) -> Any:
+        return await asyncio.wait_for(sdk().get_stop_signals(self.session), POLL_SECONDS)
 
     async def _run(self, event: dict[str, Any], job: Job) -> None:
         """Delivers what comes of a job, in order, and its result last."""
@@ -1182,34 +1192,24 @@ class Queue:
         """Posts a chunk or a result, and again after what may pass; JobError where it is not taken."""
         import aiohttp
 
-        retry = sdk().ExponentialRetry(
-            attempts=20,
-            start_timeout=0.1,
-            max_timeout=5,
-            statuses={408, 425, 429},  # and 5xx
-            exceptions={aiohttp.ClientError, asyncio.TimeoutError},
-        )
-        how = {
-            "data": json.dumps(content, ensure_ascii=False).encode("utf-8", "replace"),
-            "headers": {"X-Request-ID": job.id, "Content-Type": "application/x-www-form-urlencoded"},
-            "timeout": aiohttp.ClientTimeout(POST_SECONDS),
-            "raise_for_status": True,
-        }
-
-        async def post() -> None:
-            async with (
-                sdk()
-                .RetryClient(self.session, retry_options=retry)
-                .post(url.replace("$ID", job.id), **how)
-            ):
-                pass
-
-        try:
-            await asyncio.wait_for(post(), DELIVERY_SECONDS)
-        except (aiohttp.ClientError, asyncio.TimeoutError) as error:
-            status = getattr(error, "status", type(error).__name__)
-            text = f"RunPod did not take what came of the job ({status})."
-            raise JobError(text, cure="less" if status == 413 else None) from None
+        data = json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
+        headers = {"X-Request-ID": job.id, "Content-Type": "application/x-www-form-urlencoded"}
+        how: Any = {"headers": headers, "timeout": aiohttp.ClientTimeout(POST_SECONDS + len(data) / 1e6)}
+        until, pause = time.monotonic() + DELIVERY_SECONDS, 0.1
+        while True:
+            try:
+                async with self.session.post(url.replace("$ID", job.id), data=data, **how) as response:
+                    status: Any = response.status
+            except (aiohttp.ClientError, asyncio.TimeoutError) as error:
+                status = type(error).__name__
+            if status in range(200, 400):
+                return
+            passes = status not in range(400, 500) or status in (408, 425, 429)
+            if not passes or time.monotonic() + pause > until:
+                text = f"RunPod did not take what came of the job ({status})."
+                raise JobError(text, cure="less" if status == 413 else None)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 5)
 
 
 async def polled(poll: Callable[[], Awaitable[Any]]) -> AsyncIterator[Any]:

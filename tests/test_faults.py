@@ -1,11 +1,11 @@
-"""Nothing lost on a bad network, no place lost, and no worker that only looks alive: faults, one at a time.
+"""Nothing lost on a bad network, no place lost, no worker that only looks alive: fault by fault.
 
 test_storm.py has them all at once.
 """
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import http.server
 import json
 import os
@@ -13,12 +13,10 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from typing import Any
 import psutil
 import pytest
 import requests
-from conftest import TESTS, WORKER, eventually, free_port, processes_at
+from conftest import TESTS, WORKER, eventually, free_port
 from endpoint import HANDLER, Endpoint, Job
 from test_life import ENDLESS, MODEL, STREAM, Worked, working
 
@@ -38,7 +36,7 @@ WORDS = [f"{number} " for number in range(60)]
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Worked]:
-    with working({"tokens": WORDS, "interval_ms": 5}) as worked:
+    with working({"tokens": WORDS, "interval_ms": 5}, REQUEST_TIMEOUT="60") as worked:
         yield worked
 
 
@@ -68,17 +66,22 @@ def test_a_chunk_and_a_result_that_meet_a_fault_are_posted_again_in_order(
     job = worked.endpoint.wait(worked.endpoint.run(STREAM), 60)
     assert (job.status, job.answers) == ("COMPLETED", 1)
     assert spoken(job) == "".join(WORDS)
-    assert worked.endpoint.met["job-done", str(fault)] == 1
+    assert worked.endpoint.met["job-done", fault] >= 1
 
 
-@pytest.mark.parametrize("refusals", [[404], [503] * 100], ids=["at once", "after 30 s"])
+@pytest.mark.parametrize(
+    ("refusals", "why"),
+    [([404], "404"), ([503] * 100, "503")],
+    ids=["at once", "in the end"],
+)
 def test_a_stream_whose_chunk_cannot_be_delivered_stops_and_fails(
-    worked: Worked, refusals: list[int]
+    worked: Worked, refusals: list[int], why: str
 ) -> None:
     worked.control("script", repeat=-1, interval_ms=5)
     worked.endpoint.faults("job-stream", [None, *refusals])
-    job = worked.endpoint.wait(worked.endpoint.run(STREAM), 60)
-    assert job.status == "FAILED" and f"did not take what came of the job ({refusals[0]})" in job.error
+    endless = {**STREAM, "openai_input": {**STREAM["openai_input"], "max_tokens": 100_000}}  # type: ignore[dict-item]
+    job = worked.endpoint.wait(worked.endpoint.run(endless), 60)
+    assert job.status == "FAILED" and f"did not take what came of the job ({why})" in job.error
     eventually(lambda: worked.generations()[-1]["state"] == "closed")
 
 
@@ -158,8 +161,8 @@ def test_a_server_that_is_only_slow_is_never_ended() -> None:
         assert worked.state()["pid"] == server
 
 
-@contextmanager
-def failing_later(folder: Path, how: str, **environment: str) -> Iterator[Worked]:
+@contextlib.contextmanager
+def failing_later(folder: Path, how: str, **environment: Any) -> Iterator[Worked]:
     """A worker whose `ollama serve` fails in the way `how` says once the file `broken` is there."""
     ollama = folder / "ollama"
     ollama.write_text(f'#!/bin/sh\n[ -e {folder}/broken ] && {how}\nexec {TESTS}/ollama "$@"\n')
@@ -172,7 +175,10 @@ def failing_later(folder: Path, how: str, **environment: str) -> Iterator[Worked
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ("{ echo 'Error: no space left on device'; exit 1; }", "before it answered: Error: no space left"),
+        (
+            "{ echo 'Error: no space left on device'; exit 1; }",
+            "before it answered: Error: no space left",
+        ),
         ("exec sleep 600", "STARTUP_TIMEOUT=3 s"),
     ],
 )
@@ -208,7 +214,7 @@ def unhealthy(worked: Worked) -> dict[str, str]:
         ),
     ],
 )
-def test_the_platform_hears_why_a_start_failed(environment: dict[str, str], words: str) -> None:
+def test_the_platform_hears_why_a_start_failed(environment: Any, words: str) -> None:
     with working(ready=False, **environment) as worked:
         assert worked.ends() == 1
         assert words in unhealthy(worked)["reason"]
@@ -239,18 +245,15 @@ def trickling_server() -> socket.socket:
     listener = silent_server()
 
     def trickle() -> None:
-        connections = []
-        while True:
-            try:
-                listener.settimeout(0.1)
-                connections.append(listener.accept()[0])
-            except TimeoutError:
-                pass
-            except OSError:
-                return
-            for connection in connections:
-                with __import__("contextlib").suppress(OSError):
-                    connection.send(b"HTTP/1.1 200 OK\r\nX: 1\r\n" if len(connections) < 0 else b"H")
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                threading.Thread(target=drip, args=(connection,), daemon=True).start()
+
+    def drip(connection: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while connection.send(b"H"):
+                time.sleep(0.05)
 
     threading.Thread(target=trickle, daemon=True).start()
     return listener
@@ -276,7 +279,9 @@ def test_an_address_that_ollama_cannot_bind_is_told_in_its_words(store: str) -> 
         bound.bind(("127.0.0.1", 0))  # and does not listen
         host = f"127.0.0.1:{bound.getsockname()[1]}"
         env = {**os.environ, "OLLAMA_HOST": host, "OLLAMA_MODELS": store}
-        done = subprocess.run(WORKER, env=env, capture_output=True, text=True, cwd=TESTS.parent, timeout=30)
+        done = subprocess.run(
+            WORKER, env=env, capture_output=True, text=True, cwd=TESTS.parent, timeout=30
+        )
     assert done.returncode == 1 and "address already in use" in done.stderr
 
 
@@ -366,12 +371,9 @@ def test_a_signal_while_the_model_loads_is_no_error(signum: signal.Signals) -> N
 
 
 def test_a_death_of_the_server_leaves_no_zombie_where_the_worker_is_the_first_process() -> None:
-    def adopt() -> None:  # as the first process of a container does: PR_SET_CHILD_SUBREAPER
-        ctypes.CDLL(None).prctl(36, 1)
-
     host = f"127.0.0.1:{free_port()}"
     with Endpoint(poll=1) as endpoint:
-        script = (
+        script = (  # one that adopts orphans, as the first process does: PR_SET_CHILD_SUBREAPER
             "import ctypes, runpy, sys; ctypes.CDLL(None).prctl(36, 1); "
             f"sys.argv = ['rp_handler.py']; runpy.run_path({str(HANDLER)!r}, run_name='__main__')"
         )

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 
 import pytest
-from conftest import eventually, free_port
+from conftest import PROJECT, eventually, free_port
 from endpoint import Endpoint, Worker
 
 ORDINARY = """
@@ -130,14 +130,15 @@ def test_a_job_that_its_poll_brings_after_sigterm_never_runs(
 
 
 def test_a_name_that_a_newer_sdk_lacks_is_told_in_one_line(tmp_path: Path) -> None:
-    (tmp_path / "aiohttp_retry.py").write_text("FibonacciRetry = RetryClient = None")
+    source = PROJECT / "rp_handler.py"
+    (tmp_path / "rp_handler.py").write_text(source.read_text().replace("get_stop_signals", "hear_stops"))
     with (
         Endpoint() as endpoint,
         endpoint.worker(
-            env={"PYTHONPATH": str(tmp_path), "OLLAMA_HOST": f"127.0.0.1:{free_port()}"}
+            env={"OLLAMA_HOST": f"127.0.0.1:{free_port()}"}, script=tmp_path / "rp_handler.py"
         ) as worker,
     ):
         assert worker.process.wait(30) == 1
         (line,) = [line for line in worker.log.splitlines() if line.startswith("error: ")]
-        assert "needs runpod>=1.12,<1.13" in line and "ExponentialRetry" in line
+        assert "needs runpod>=1.12,<1.13" in line and "hear_stops" in line
         assert "Traceback" not in worker.log
