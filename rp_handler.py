@@ -62,9 +62,8 @@ from urllib.parse import urlsplit
 if TYPE_CHECKING:  # imported where it is used: `ollama serve` starts before anything heavy is
     import requests
 
-Piece = (
-    str | dict[str, Any]
-)  # what leaves for the caller: an SSE frame of the OpenAI route, or an object
+# What leaves for the caller: an SSE frame of the OpenAI route, or an object.
+Piece = str | dict[str, Any]
 
 # ---- Settings: each from the environment, read once; the README lists them ---------------------------
 
@@ -104,11 +103,10 @@ def host_and_port(text: str) -> tuple[str, int]:
     return "127.0.0.1" if url.hostname in (None, "0.0.0.0", "::") else url.hostname, port
 
 
-LOG_LEVELS = {name: name for name in ("NOTSET", "TRACE", "DEBUG", "INFO", "WARN", "ERROR")}
-LOG_LEVELS["WARNING"] = "WARN"
-# The SDK's default logs every word of a caller; what it does not know ends in its traceback.
+LEVELS = {"ERROR": "ERROR", "WARN": "WARN", "WARNING": "WARN", "INFO": "INFO", "DEBUG": "DEBUG"}
+# The SDK's default logs every word of a caller, and a name that it does not know ends in a traceback.
 os.environ["RUNPOD_LOG_LEVEL"] = setting(
-    "RUNPOD_LOG_LEVEL", "INFO", lambda text: LOG_LEVELS[text.upper()], "DEBUG, INFO, WARN or ERROR"
+    "RUNPOD_LOG_LEVEL", "INFO", lambda text: LEVELS[text.upper()], "DEBUG, INFO, WARN or ERROR"
 )
 OLLAMA = setting("OLLAMA_HOST", "127.0.0.1:11434", host_and_port, "host:port, spoken to over http")
 ADDRESS = f"[{OLLAMA[0]}]:{OLLAMA[1]}" if ":" in OLLAMA[0] else f"{OLLAMA[0]}:{OLLAMA[1]}"
@@ -832,9 +830,7 @@ SERVER_ENVIRONMENT = {  # of a server that the worker starts; what the environme
     "OLLAMA_KEEP_ALIVE": "-1",
     "OLLAMA_NO_CLOUD": "1",  # else a prompt for a ":cloud" model goes to ollama.com
     "OLLAMA_NUM_PARALLEL": str(MAX_CONCURRENCY),  # Ollama's default is 1: the other jobs would queue
-    "OLLAMA_CONTEXT_LENGTH": str(
-        CONTEXT_LENGTH
-    ),  # tokens for each job; memory grows with it times the jobs
+    "OLLAMA_CONTEXT_LENGTH": str(CONTEXT_LENGTH),  # tokens for each job; memory grows with both
 }
 DEATHS, WITHIN = 5, 600  # so many deaths of the server within so many s are its last
 
@@ -916,11 +912,11 @@ class Server:
         """Ends the server that the worker started: asks it, and after `grace` s ends it by force."""
         with self._lock:
             self.stopped = True
-        if self._process:
-            self._process.terminate()
+        if process := self._process:
+            process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(grace)
-            self._sweep(self._process)
+                process.wait(grace)
+            self._sweep(process)
 
     def _keep(self) -> None:
         """The keeper's thread, which lives as long as a server of its own does."""
@@ -1006,10 +1002,10 @@ class Server:
             log(f"warning: {text}")
 
     def _fail(self, reason: str) -> None:
-        if self._process:
-            self._process.kill()
-            self._sweep(self._process)
+        if process := self._process:
             self._process = None
+            process.kill()
+            self._sweep(process)
         self.failure = reason
         self.failed.set()
 
@@ -1095,16 +1091,12 @@ class Queue:
         for signum in SIGNALS:
             loop.add_signal_handler(signum, self._signal)
         async with sdk().AsyncClientSession() as self.session:
-            taking, stops = (
-                asyncio.ensure_future(self._take_jobs()),
-                asyncio.ensure_future(self._hear_stops()),
-            )
-            stop = asyncio.ensure_future(self.stopping.wait())
+            loops = [asyncio.ensure_future(each) for each in (self._take_jobs(), self._hear_stops())]
             failed = asyncio.ensure_future(asyncio.to_thread(server.failed.wait))
-            await asyncio.wait({taking, stops, stop, failed}, return_when=asyncio.FIRST_COMPLETED)
+            stop = asyncio.ensure_future(self.stopping.wait())
+            await asyncio.wait({*loops, failed, stop}, return_when=asyncio.FIRST_COMPLETED)
             log("stopping: no new job is taken, those under way finish")
-            taking.cancel()
-            await asyncio.wait({taking}, timeout=1)  # asyncio.wait_for of 3.11 can swallow a cancel
+            await asyncio.sleep(0.1)  # for the open poll to be given up, or its jobs to begin
             while self.tasks:
                 await asyncio.wait(set(self.tasks.values()))
             if self.stopping.is_set():
@@ -1124,19 +1116,17 @@ class Queue:
                 self._begin(event)
 
     async def _take(self) -> Any:
-        """A long poll for as many jobs as there are places; given up where none may be taken now."""
-        while not (self._takes() and self._places()):
+        """A long poll for as many jobs as there are places; given up once there are none."""
+        while not self._places():
             await asyncio.sleep(0.02)
         poll = asyncio.ensure_future(sdk().get_job(self.session, self._places()))
-        while self._takes() and not poll.done():
+        while not poll.done() and self._places():
             await asyncio.wait({poll}, timeout=0.05)
         return poll.result() if poll.done() else poll.cancel() and None
 
-    def _takes(self) -> bool:
-        return server.up.is_set() and not self.stopping.is_set()
-
     def _places(self) -> int:
-        return MAX_CONCURRENCY - len(self.tasks)
+        taking = server.up.is_set() and not self.stopping.is_set()
+        return MAX_CONCURRENCY - len(self.tasks) if taking else 0
 
     def _begin(self, event: dict[str, Any]) -> None:
         job = Job(event, streams=STREAMING)
@@ -1144,7 +1134,9 @@ class Queue:
         progress.add(job.id)
         task = self.tasks[job.id] = asyncio.ensure_future(self._run(event, job))
 
-        def give_place_back(_: Any) -> None:  # a task cancelled before its first step has no `finally`
+        def give_place_back(task: asyncio.Task[None]) -> None:  # also before the task's first step
+            if not task.cancelled() and task.exception():
+                log(f"defect: {type(task.exception()).__name__} while delivering", job)
             job.stop()
             del self.tasks[job.id]
             progress.remove(job.id)
@@ -1153,14 +1145,15 @@ class Queue:
 
     async def _hear_stops(self) -> None:
         """Cancels the jobs that were cancelled, or have run into their policy, at the platform."""
-        async for job_id in polled(self._poll_stops):
+
+        async def poll() -> Any:
+            return await asyncio.wait_for(sdk().get_stop_signals(self.session), POLL_SECONDS)
+
+        async for job_id in polled(poll):
             if job_id in self.tasks:
                 self.tasks[job_id].cancel()
             else:
                 self.early_stops.append(job_id)
-
-    async def _poll_stops(self) -> Any:
-        return await asyncio.wait_for(sdk().get_stop_signals(self.session), POLL_SECONDS)
 
     async def _run(self, event: dict[str, Any], job: Job) -> None:
         """Delivers what comes of a job, in order, and its result last."""
@@ -1213,22 +1206,22 @@ class Queue:
 
 
 async def polled(poll: Callable[[], Awaitable[Any]]) -> AsyncIterator[Any]:
-    """What one long poll after the other brings; a growing pause after one that is in vain."""
+    """What one long poll after the other brings; a growing pause after each that fails."""
     pause = 0.0
     while True:
         asked, brought = time.monotonic(), None
         try:
-            brought = await poll()
+            brought, pause = await poll(), 0
         except asyncio.TimeoutError:
-            pass  # the platform holds a poll open, for as long as nothing comes
+            pause = 0  # nothing came: the platform holds a poll open for long
         except Exception as error:  # whatever RunPod, or what lies between, answers
-            log(f"warning: RunPod could not be asked ({type(error).__name__}); it is asked again")
-            asked = math.inf
+            pause = min(2 * pause or 0.2, 5)
+            log(f"warning: RunPod could not be asked ({type(error).__name__}); again in {pause:g} s")
         for each in brought or []:
             yield each
-        in_vain = not brought and time.monotonic() - asked < 1
-        pause = min(2 * pause or 0.2, 5) if in_vain else 0
-        await asyncio.sleep(pause)
+        # Not held open but answered at once, and empty: by a proxy, or with FlashBoot.
+        at_once = not brought and time.monotonic() - asked < 0.2
+        await asyncio.sleep(pause or 0.2 * at_once)
 
 
 async def bridge(event: dict[str, Any], job: Job) -> AsyncIterator[Piece]:
