@@ -1095,8 +1095,8 @@ class Queue:
             failed = asyncio.ensure_future(asyncio.to_thread(server.failed.wait))
             stop = asyncio.ensure_future(self.stopping.wait())
             await asyncio.wait({*loops, failed, stop}, return_when=asyncio.FIRST_COMPLETED)
-            log("stopping: no new job is taken, those under way finish")
             await asyncio.sleep(0.1)  # for the open poll to be given up, or its jobs to begin
+            log("stopping: no new job is taken, those under way finish")
             while self.tasks:
                 await asyncio.wait(set(self.tasks.values()))
             if self.stopping.is_set():
