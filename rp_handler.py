@@ -67,6 +67,7 @@ Piece = str | dict[str, Any]
 
 # ---- Settings: each from the environment, read once; the README lists them ---------------------------
 
+STARTED = time.monotonic()
 ON_RUNPOD = "RUNPOD_WEBHOOK_GET_JOB" in os.environ  # set on the platform only: the SDK's own test
 
 if not ON_RUNPOD:
@@ -993,13 +994,30 @@ class Server:
         return process
 
     def _load(self, job: Job) -> None:
+        """Loads the default model; where it fails, or lies on the CPU, RunPod tries another machine."""
+        gpus = None  # asked while the model loads: it can take a second
+        if nvidia_smi := shutil.which("nvidia-smi"):
+            gpus = subprocess.Popen([nvidia_smi, "-L"], stdout=subprocess.PIPE)
         try:
             ask(job, "POST", "/api/generate", {"model": MODELS[0], "keep_alive": -1})
-        except JobError as error:
+            self._say_where(job, bool(gpus and b"GPU" in gpus.communicate(timeout=10)[0]))
+        except (JobError, subprocess.TimeoutExpired) as error:
             text = f"{MODELS[0]} could not be loaded. {error}"
             if self.must_load:
                 raise JobError(text) from None
             log(f"warning: {text}")
+
+    def _say_where(self, job: Job, gpu: bool) -> None:
+        name = MODELS[0] if ":" in MODELS[0] else f"{MODELS[0]}:latest"
+        loaded = {model["name"]: model for model in ask(job, "GET", "/api/ps").get("models") or []}
+        size, on_gpu = (loaded.get(name, {}).get(key, 0) for key in ("size", "size_vram"))
+        share = f"{100 * on_gpu / max(size, 1):.0f} % of it in GPU memory"
+        if gpu and size and not on_gpu:  # ten times slower, at a GPU's price
+            look = "look at the machine's driver and at the endpoint's allowed CUDA versions"
+            raise JobError(f"It is computed on the CPU though there is a GPU: {look}.")
+        if gpu and on_gpu < size:
+            log(f"warning: {share}; a smaller MAX_CONCURRENCY or OLLAMA_CONTEXT_LENGTH helps")
+        log(f"ready: {name} after {time.monotonic() - STARTED:.1f} s, {size / 2**30:.1f} GiB, {share}")
 
     def _fail(self, reason: str) -> None:
         if process := self._process:
@@ -1312,9 +1330,12 @@ def main() -> None:
     server.must_load = not local
     server.start()  # loads the model while the SDK is imported
     try:
-        import runpod
-        from runpod.serverless.modules import rp_scale
+        import cpuinfo
 
+        get_cpu_info, cpuinfo.get_cpu_info = cpuinfo.get_cpu_info, dict
+        import runpod  # 0.4 s, and 1.1 s more where its debugger asks for the CPU's name
+
+        cpuinfo.get_cpu_info = get_cpu_info
         sdk()
     except ImportError as error:
         end(1, f"This worker needs runpod>=1.12,<1.13. {error}")
@@ -1328,11 +1349,14 @@ def main() -> None:
     async def local_handler(event: dict[str, Any]) -> dict[str, Any]:
         return await asyncio.to_thread(handler, event)  # jobs of --rp_serve_api run side by side
 
+    def checks_beside_the_load() -> None:
+        runpod.serverless.register_fitness_check(model_is_loaded)  # behind the SDK's: GPU, network, …
+
     if local:
         model_is_loaded()
     else:
-        rp_scale.JobScaler = Queue
-        runpod.serverless.register_fitness_check(model_is_loaded)  # before the first job-take
+        runpod.serverless.modules.rp_scale.JobScaler = Queue
+        runpod.serverless.register_fitness_check(checks_beside_the_load)  # before the first job-take
     try:
         runpod.serverless.start({"handler": local_handler})
     except SystemExit as done:  # of the local modes
