@@ -52,8 +52,8 @@ import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from datetime import datetime
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -140,38 +140,38 @@ class JobError(Exception):
         self.cure = cure
 
 
+@dataclass(eq=False)
 class Job:
     """One job under way: its limit of time, its connections to Ollama, and what its log line tells.
 
     `with` bounds it: at the limit and at the end its connections are shut, whatever hangs or trickles.
     """
 
-    def __init__(
-        self,
-        event: Any = None,
-        streams: bool = False,
-        seconds: float = REQUEST_TIMEOUT,
-        limit: str = "REQUEST_TIMEOUT",
-    ):
-        self.id = str(event.get("id", "-")) if isinstance(event, dict) else "-"
-        self.streams = streams  # whether pieces can reach the caller one by one
-        self.streamed = False  # whether they do
-        self.kind, self.model, self.tokens = "-", "-", 0
-        self.started = time.monotonic()
-        self.first_token: float | None = None  # of a stream
-        self.stopped = False
-        self.seconds, self.limit = seconds, limit
-        self._sockets: list[socket.socket] = []
-        self._lock = threading.Lock()
-        self._timer = threading.Timer(seconds, self._shut)
-        self._timer.daemon = True
+    event: Any = None
+    streams: bool = False  # whether pieces can reach the caller one by one
+    seconds: float = REQUEST_TIMEOUT
+    limit: str = "REQUEST_TIMEOUT"
+    streamed: bool = False  # whether they do
+    kind: str = "-"
+    model: str = "-"
+    tokens: int = 0
+    first_token: float | None = None  # of a stream
+    started: float = field(default_factory=time.monotonic)
+    stopped: bool = False
+    sockets: list[socket.socket] = field(default_factory=list)
+
+    @property
+    def id(self) -> str:
+        return str(self.event.get("id", "-")) if isinstance(self.event, dict) else "-"
 
     def __enter__(self) -> Job:
-        self._timer.start()
+        self.timer = threading.Timer(self.seconds, self.shut)
+        self.timer.daemon = True
+        self.timer.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
+        self.timer.cancel()
         self.stop()
 
     def left(self) -> float:
@@ -184,26 +184,19 @@ class Job:
             raise JobError(f"Not done within {limit}: ask for less, or raise it.", cure="more time")
         return left
 
-    def holds(self, connection: socket.socket) -> None:
-        with self._lock:
-            self._sockets.append(connection)
-        self.left()  # a stop that came just before found no socket to shut
-
-    def token(self, chunk: dict[str, Any]) -> None:
-        self.model = chunk.get("model", "-")
-        self.tokens += 1
+    def token(self, model: str) -> None:
+        self.model, self.tokens = model, self.tokens + 1
         self.first_token = self.first_token or time.monotonic()
 
     def stop(self) -> None:
         """Ends the job's generation at once, from any thread: Ollama stops when its client is gone."""
         self.stopped = True
-        self._shut()
+        self.shut()
 
-    def _shut(self) -> None:
-        with self._lock:
-            for connection in self._sockets:
-                with contextlib.suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
+    def shut(self) -> None:
+        for connection in self.sockets:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 def handler(event: dict[str, Any]) -> dict[str, Any]:
@@ -211,16 +204,16 @@ def handler(event: dict[str, Any]) -> dict[str, Any]:
 
     Never raises and never streams. A failure is {"error": "<one line>", "status": "error"}.
     """
-    *_, last = answer(event, Job(event))
+    *_, last = answer(Job(event))
     return last  # type: ignore[return-value]
 
 
-def answer(event: Any, job: Job) -> Iterator[Piece]:
+def answer(job: Job) -> Iterator[Piece]:
     """The core of every mode: yields a job's pieces; here alone an error becomes the answer."""
     status = "error"
     with job:
         try:
-            yield from map(sendable, dispatch(event, job))
+            yield from dispatch(job)
             status = "success"
         except JobError as error:
             status = "stopped" if job.stopped else status
@@ -238,8 +231,8 @@ def answer(event: Any, job: Job) -> Iterator[Piece]:
             log_job(job, status)
 
 
-def dispatch(event: Any, job: Job) -> Iterator[Piece]:
-    job_input = event.get("input") if isinstance(event, dict) else None
+def dispatch(job: Job) -> Iterator[Piece]:
+    job_input = job.event.get("input") if isinstance(job.event, dict) else None
     if not isinstance(job_input, dict):
         raise JobError('A job needs an "input" object, such as {"input": {"message": "Hello"}}.')
     kinds = {"chat": chat, "vapi_webhook": vapi_webhook, "openai": openai_route}
@@ -251,21 +244,17 @@ def dispatch(event: Any, job: Job) -> Iterator[Piece]:
 
 
 def failure(text: str) -> dict[str, Any]:
-    return {"error": one_line(text.encode("utf-8", "replace").decode())[:2000], "status": "error"}
+    return postable({"error": one_line(text)[:2000], "status": "error"})
 
 
 def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def sendable(piece: Piece) -> Piece:
-    """The piece without what cannot be posted, where it holds any: lone surrogates, NaN."""
-    try:
-        json.dumps(piece, ensure_ascii=False, allow_nan=False).encode()
-        return piece
-    except ValueError:
-        text = json.dumps(piece, ensure_ascii=False).encode("utf-8", "replace")
-        return json.loads(text, parse_constant=lambda _: None)
+def postable(answer: dict[str, Any]) -> dict[str, Any]:
+    """The answer without what a caller may have sent and JSON cannot write: lone surrogates, NaN."""
+    text = json.dumps(answer, ensure_ascii=False).encode("utf-8", "replace")
+    return json.loads(text, parse_constant=lambda _: None)
 
 
 def shown(value: Any) -> str:
@@ -371,7 +360,7 @@ def chat_pieces(job: Job, body: dict[str, Any]) -> Iterator[Piece]:
         if chunk.get("done"):
             yield chat_answer(chunk, {"thinking": thinking, "tool_calls": calls}, job)
             return
-        job.token(chunk)
+        job.token(body["model"])
         if text := message.get("content"):
             yield {"response": text}
     raise JobError(BROKEN_OFF, cure="new runner")
@@ -438,6 +427,10 @@ ROUTES: dict[str, list[str]] = {
         "model prompt suffix stream stream_options max_tokens seed stop temperature top_p "
         "frequency_penalty presence_penalty logprobs"
     ).split(),
+    "/v1/responses": (
+        "model input instructions stream max_output_tokens temperature top_p "
+        "tools text reasoning truncation"
+    ).split(),
     "/v1/embeddings": "model input dimensions encoding_format".split(),
 }
 TAKES_TOOLS: dict[str, bool] = {}  # by model: asked once
@@ -471,63 +464,64 @@ def openai_body(route: str, sent: dict[str, Any]) -> dict[str, Any]:
     """What of a body goes on: VAPI adds private fields, such as the caller's number; they stop here."""
     body = {field: sent[field] for field in ROUTES[route] if sent.get(field) is not None}
     body["model"] = model_name(body.get("model"))
-    if "max_tokens" in ROUTES[route]:
-        limit = body.get("max_tokens") or sent.get("max_completion_tokens")  # OpenAI's newer name
-        body["max_tokens"] = max_tokens(limit)
+    for limit in {"max_tokens", "max_output_tokens"} & {*ROUTES[route]}:
+        body[limit] = max_tokens(body.get(limit) or sent.get("max_completion_tokens"))  # a newer name
     if sent.get("tool_choice") == "none":  # which Ollama ignores
         body.pop("tools", None)
-    if route == "/v1/chat/completions":
-        if isinstance(body.get("messages"), list):
-            body["messages"] = [mended(turn) for turn in body["messages"]]
-        if "reasoning" not in body:  # thinking is dead air on a call
-            body.setdefault("reasoning_effort", "none")
+    for turns in {"messages", "input"} & {*body}:
+        if isinstance(body[turns], list):
+            body[turns] = [mended(turn) for turn in body[turns]]
+    if route == "/v1/responses":  # thinking is dead air on a call
+        body.setdefault("reasoning", {"effort": "none"})
+    elif route == "/v1/chat/completions" and "reasoning" not in body:
+        body.setdefault("reasoning_effort", "none")
     return body
 
 
 def mended(turn: Any) -> Any:
     """A turn as Ollama takes it: it refuses the `content: null` and `arguments: ""` that VAPI sends."""
-    if not isinstance(turn, dict):
+    if not isinstance(turn, dict) or "role" not in turn:  # a text to embed, the output of a function
         return turn
     turn = {**with_system_role(turn), "content": "" if turn.get("content") is None else turn["content"]}
     if isinstance(turn.get("tool_calls"), list):
-        turn["tool_calls"] = [with_arguments(call) for call in turn["tool_calls"]]
+        turn["tool_calls"] = calls = [*turn["tool_calls"]]
+        for at, call in enumerate(calls):
+            function = call.get("function") if isinstance(call, dict) else None
+            if isinstance(function, dict):
+                given = function.get("arguments") or "{}"
+                text = given if isinstance(given, str) else json.dumps(given)
+                calls[at] = {**call, "function": {**function, "arguments": text}}
     return turn
-
-
-def with_arguments(call: Any) -> Any:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict):
-        return call
-    arguments = function.get("arguments") or "{}"
-    if not isinstance(arguments, str):
-        arguments = json.dumps(arguments)
-    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def completion(route: str, job: Job, body: dict[str, Any]) -> Iterator[Piece]:
     whole = ask(job, "POST", route, without_idle_tools(body, job))
+    usage = whole.get("usage") or {}
     job.model = whole.get("model", "-")
-    job.tokens = (whole.get("usage") or {}).get("completion_tokens", 0)
+    job.tokens = usage.get("completion_tokens", usage.get("output_tokens", 0))
     yield whole
 
 
 def completion_frames(route: str, job: Job, body: dict[str, Any]) -> Iterator[Piece]:
-    finished = False
+    finished, event = False, ""
     for line in exchange(job, "POST", route, without_idle_tools(body, job)):
+        if line.startswith(b"event: "):  # /v1/responses names its frames in a line before the data
+            event = line.decode() + "\n"
         if not line.startswith(b"data: {"):
             continue
         chunk = parsed(line[6:])
-        if not chunk.get("model"):  # the last frame of a runner that died; no word of it else
+        if chunk.get("model") == "":  # the last frame of a runner that died; no word of it else
             break
         choices = chunk.get("choices") or []
-        if any(choice.get("finish_reason") for choice in choices):
+        if event == "event: response.completed\n" or any(one.get("finish_reason") for one in choices):
             finished = True
-        elif choices:
-            job.token(chunk)
-        yield line.decode("utf-8", "replace") + "\n\n"
+        elif choices or ".delta" in event:
+            job.token(body["model"])
+        yield f"{event}{line.decode('utf-8', 'replace')}\n\n"
     if not finished:
         raise JobError(BROKEN_OFF, cure="new runner")
-    yield "data: [DONE]\n\n"
+    if not event:
+        yield "data: [DONE]\n\n"
 
 
 def without_idle_tools(body: dict[str, Any], job: Job) -> dict[str, Any]:
@@ -550,7 +544,8 @@ def vapi_webhook(job_input: dict[str, Any], job: Job) -> Iterator[Piece]:
     `vapi_response` is the object that VAPI wants, or the model's answer to the text.
     """
     data = job_input.get("webhook_data")
-    message = data.get("message") if isinstance(data, dict) else None
+    data = data if isinstance(data, dict) else {}
+    message = data.get("message")
     if isinstance(message, str):
         speaking_for.set(job)
         response: Any = ask_model(message)
@@ -561,13 +556,14 @@ def vapi_webhook(job_input: dict[str, Any], job: Job) -> Iterator[Piece]:
     else:
         forms = '{"message": {"type": …}}, or {"message": "a text"}'
         raise JobError(f'"webhook_data" must be VAPI\'s body, {forms}.')
-    yield {"status": "success", "vapi_response": response, "call_id": call_id_of(message, data)}
+    call_id = call_id_of(message) or data.get("call_id")
+    call_id = call_id if isinstance(call_id, str) else ""
+    yield postable({"status": "success", "vapi_response": response, "call_id": call_id})
 
 
-def call_id_of(message: Any, data: Any) -> str:
+def call_id_of(message: Any) -> Any:
     call = message.get("call") if isinstance(message, dict) else None
-    ids = [part.get(key) for part, key in ((call, "id"), (data, "call_id")) if isinstance(part, dict)]
-    return next((each for each in ids if isinstance(each, str)), "")
+    return call.get("id") if isinstance(call, dict) else None
 
 
 def ask_model(message: str) -> str:
@@ -588,27 +584,14 @@ def tool_calls(message: dict[str, Any], job: Job) -> dict[str, Any]:
     listed = message.get("toolCallList")
     calls = [call for call in listed if isinstance(call, dict)] if isinstance(listed, list) else []
     pool = ThreadPoolExecutor(32)
-    results = [pool.submit(tool_result, call, job) for call in calls]
-    wait(results, min(TOOL_SECONDS, job.left()))
+    running = [pool.submit(tool_result, *called(call), job) for call in calls]
+    wait(running, min(TOOL_SECONDS, job.left()))
     late = {"error": f"The tool took longer than {TOOL_SECONDS} s."}
-    answers = [result.result() if result.done() else late for result in results]
+    results = [each.result() if each.done() else late for each in running]
     pool.shutdown(wait=False, cancel_futures=True)  # a model that still speaks ends with the job
     job.left()
-    names = [{"toolCallId": call.get("id", ""), "name": called(call)[0]} for call in calls]
-    return {"results": [{**name, **one} for name, one in zip(names, answers, strict=True)]}
-
-
-def tool_result(call: dict[str, Any], job: Job) -> dict[str, str]:
-    """{"result": text} of one call, or {"error": text}: the model never makes an answer up."""
-    name, arguments = called(call)
-    if name not in TOOLS:
-        return {"error": one_line(f"There is no tool {shown(name)}; there is {', '.join(TOOLS)}.")}
-    speaking_for.set(job)
-    try:
-        result = TOOLS[name](**as_object(arguments))
-        return {"result": one_line(result if isinstance(result, str) else json.dumps(result))}
-    except Exception as error:
-        return {"error": one_line(f"{name} failed: {error}")}
+    heads = [{"toolCallId": call.get("id", ""), "name": called(call)[0]} for call in calls]
+    return {"results": [{**head, **result} for head, result in zip(heads, results, strict=True)]}
 
 
 def called(call: dict[str, Any]) -> tuple[str, Any]:
@@ -619,16 +602,22 @@ def called(call: dict[str, Any]) -> tuple[str, Any]:
     return name if isinstance(name, str) else "", function.get("arguments", function.get("parameters"))
 
 
-def as_object(arguments: Any) -> dict[str, Any]:
-    """VAPI sends an object, or JSON text."""
-    if isinstance(arguments, str) and arguments.strip():
-        try:
-            arguments = json.loads(arguments)
-        except ValueError:
-            raise JobError("its arguments are not JSON.") from None
-    if arguments and not isinstance(arguments, dict):
-        raise JobError("its arguments must be a JSON object.")
-    return arguments or {}
+def tool_result(name: str, arguments: Any, job: Job) -> dict[str, str]:
+    """{"result": text} of one call, or {"error": text}: the model never makes an answer up."""
+    if name not in TOOLS:
+        return {"error": one_line(f"There is no tool {shown(name)}; there is {', '.join(TOOLS)}.")}
+    speaking_for.set(job)
+    try:
+        if isinstance(arguments, str):  # VAPI sends an object, or JSON text
+            arguments = json.loads(arguments.strip() or "{}")
+        if not isinstance(arguments or {}, dict):
+            raise ValueError("its arguments must be a JSON object")
+        result = TOOLS[name](**(arguments or {}))
+        return {"result": one_line(result if isinstance(result, str) else json.dumps(result))}
+    except json.JSONDecodeError:
+        return {"error": f"{name} failed: its arguments are not JSON."}
+    except Exception as error:
+        return {"error": one_line(f"{name} failed: {error}")}
 
 
 def function_call(message: dict[str, Any], job: Job) -> dict[str, Any]:
@@ -665,32 +654,28 @@ def handoff(_message: dict[str, Any], _job: Job) -> dict[str, Any]:
     return {"destination": {"type": "assistant", "assistantId": VAPI_ASSISTANT_ID}}
 
 
-def end_of_call(message: dict[str, Any], job: Job) -> dict[str, Any]:
-    """Logs how a call ended: identifiers and a number, nothing that was said."""
-    call_id = identifier(call_id_of(message, None), r"(?i)[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-    reason = identifier(message.get("endedReason"), ENDED_REASON)
-    seconds = message.get("durationSeconds")  # in captures; VAPI's schema has only the two times
-    with contextlib.suppress(KeyError, AttributeError, ValueError, TypeError):
-        times = [message[key].replace("Z", "+00:00") for key in ("startedAt", "endedAt")]
-        started, ended = map(datetime.fromisoformat, times)
-        seconds = (ended - started).total_seconds()
-    log(
-        f"call={call_id} ended: {reason} after {seconds if type(seconds) in (int, float) else '-'} s",
-        job,
-    )
-    return {}
-
-
 # The words that VAPI's reasons begin with, and those of one word [its openapi.json, 603 reasons].
 ENDED_REASON = (
     "(assistant|call|campaign|customer|exceeded|manually|phone|pipeline|scheduled|silence|twilio|vonage"
     r"|worker)[.-][a-z\d.-]+|aborted|cancelled|error|hangup|timeout|voicemail"
 )
+CALL_ID = r"(?i)[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 
 
-def identifier(value: Any, form: str) -> str:
-    """`value` for the log, where it can only be an identifier and not somebody's words or number."""
-    return value if isinstance(value, str) and re.fullmatch(form, value) else "-"
+def end_of_call(message: dict[str, Any], job: Job) -> dict[str, Any]:
+    """Logs how a call ended: identifiers and a number, nothing that was said."""
+    found = ((call_id_of(message), CALL_ID), (message.get("endedReason"), ENDED_REASON))
+    call, reason = (
+        text if isinstance(text, str) and re.fullmatch(form, text) else "-" for text, form in found
+    )
+    seconds: Any = message.get("durationSeconds")  # in captures; VAPI's schema has only the two times
+    with contextlib.suppress(KeyError, AttributeError, ValueError, TypeError):
+        times = [message[key].replace("Z", "+00:00") for key in ("startedAt", "endedAt")]
+        started, ended = map(datetime.fromisoformat, times)
+        seconds = (ended - started).total_seconds()
+    seconds = seconds if type(seconds) in (int, float) else "-"
+    log(f"call={call} ended: {reason} after {seconds} s", job)
+    return {}
 
 
 # A message's type, and its answer or what makes it.
@@ -774,22 +759,21 @@ def answered(job: Job, method: str, path: str, body: Any) -> Iterator[requests.R
 def connecting(job: Job) -> requests.Session:
     """A session whose connections are the job's to shut, also before the first byte has come."""
     import requests  # 0.2 s, while `ollama serve` starts
+    from urllib3 import HTTPConnectionPool
     from urllib3.connection import HTTPConnection
 
     class Connection(HTTPConnection):
         def connect(self) -> None:
             super().connect()
-            job.holds(self.sock)
+            job.sockets.append(self.sock)
+            job.left()  # a stop that came just before found no socket to shut
 
-    class Adapter(requests.adapters.HTTPAdapter):
-        def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
-            pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
-            pool.ConnectionCls = Connection
-            return pool
+    class Pool(HTTPConnectionPool):
+        ConnectionCls = Connection
 
     http = requests.Session()
     http.trust_env = False  # no proxy and no .netrc on the way to loopback
-    http.mount("http://", Adapter())
+    http.get_adapter("http://").poolmanager.pool_classes_by_scheme = {"http": Pool}  # type: ignore[attr-defined]
     return http
 
 
@@ -881,9 +865,8 @@ class Server:
         with self._lock:
             if self._process and self.up.is_set():
                 self.up.clear()
-                question = threading.Thread(target=self._question, args=(self._process, model))
-                question.daemon = True
-                question.start()
+                about = (self._process, model)
+                threading.Thread(target=self._question, args=about, daemon=True).start()
 
     def _question(self, process: subprocess.Popen[bytes], model: str) -> None:
         """Ends a server that says no version, or whose model says no token: it hangs, and is not slow.
@@ -967,23 +950,19 @@ class Server:
             return process
 
     def _spawn(self) -> subprocess.Popen[bytes]:
-        missing = f"No Ollama server answers at {ADDRESS}, and"
-        ollama = shutil.which("ollama")
+        ollama, why = shutil.which("ollama"), ""
         if not ollama:
-            raise JobError(
-                f"{missing} `ollama` is not on PATH: get it from https://ollama.com/download, "
-                "or set OLLAMA_HOST to a server that runs."
-            )
-        if OLLAMA[0] not in ("localhost", "::1") and not OLLAMA[0].startswith("127."):
-            raise JobError(
-                f"{missing} the worker starts one on loopback only: set OLLAMA_HOST to "
-                "127.0.0.1:11434, or to a server that runs."
-            )
+            why = "`ollama` is not on PATH: get it from https://ollama.com/download"
+        elif OLLAMA[0] not in ("localhost", "::1") and not OLLAMA[0].startswith("127."):
+            why = "the worker starts one on loopback only: set OLLAMA_HOST to 127.0.0.1:11434"
+        if why:
+            why += ", or set OLLAMA_HOST to a server that runs."
+            raise JobError(f"No Ollama server answers at {ADDRESS}, and {why}")
         with self._lock:
             if self.stopped:
                 raise JobError("The worker ends.")
             self._process = process = subprocess.Popen(
-                [ollama, "serve"],
+                ["ollama", "serve"],
                 env={**SERVER_ENVIRONMENT, **os.environ, "OLLAMA_HOST": ADDRESS},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -995,26 +974,25 @@ class Server:
 
     def _load(self, job: Job) -> None:
         """Loads the default model; where it fails, or lies on the CPU, RunPod tries another machine."""
-        gpus = None  # asked while the model loads: it can take a second
-        if nvidia_smi := shutil.which("nvidia-smi"):
-            gpus = subprocess.Popen([nvidia_smi, "-L"], stdout=subprocess.PIPE)
+        name = MODELS[0] if ":" in MODELS[0] else f"{MODELS[0]}:latest"
+        has_gpu = shutil.which("nvidia-smi") and subprocess.Popen(  # meanwhile: it can take a second
+            ["nvidia-smi", "-L"], stdout=subprocess.PIPE
+        )
         try:
-            ask(job, "POST", "/api/generate", {"model": MODELS[0], "keep_alive": -1})
-            self._say_where(job, bool(gpus and b"GPU" in gpus.communicate(timeout=10)[0]))
+            ask(job, "POST", "/api/generate", {"model": name, "keep_alive": -1})
+            gpu = has_gpu and b"GPU" in has_gpu.communicate(timeout=10)[0]
+            loaded = {model["name"]: model for model in ask(job, "GET", "/api/ps").get("models") or []}
+            size, on_gpu = (loaded.get(name, {}).get(key, 0) for key in ("size", "size_vram"))
+            if gpu and size and not on_gpu:  # ten times slower, at a GPU's price
+                look = "look at the machine's driver and at the endpoint's allowed CUDA versions"
+                raise JobError(f"It is computed on the CPU though there is a GPU: {look}.")
         except (JobError, subprocess.TimeoutExpired) as error:
-            text = f"{MODELS[0]} could not be loaded. {error}"
+            text = f"{name} could not be loaded. {error}"
             if self.must_load:
                 raise JobError(text) from None
             log(f"warning: {text}")
-
-    def _say_where(self, job: Job, gpu: bool) -> None:
-        name = MODELS[0] if ":" in MODELS[0] else f"{MODELS[0]}:latest"
-        loaded = {model["name"]: model for model in ask(job, "GET", "/api/ps").get("models") or []}
-        size, on_gpu = (loaded.get(name, {}).get(key, 0) for key in ("size", "size_vram"))
+            return
         share = f"{100 * on_gpu / max(size, 1):.0f} % of it in GPU memory"
-        if gpu and size and not on_gpu:  # ten times slower, at a GPU's price
-            look = "look at the machine's driver and at the endpoint's allowed CUDA versions"
-            raise JobError(f"It is computed on the CPU though there is a GPU: {look}.")
         if gpu and on_gpu < size:
             log(f"warning: {share}; a smaller MAX_CONCURRENCY or OLLAMA_CONTEXT_LENGTH helps")
         log(f"ready: {name} after {time.monotonic() - STARTED:.1f} s, {size / 2**30:.1f} GiB, {share}")
@@ -1070,26 +1048,26 @@ server = Server()
 # runpod<1.13. tests/test_sdk.py runs the SDK's own loop and tells when a line here is no longer true.
 
 CHUNK_BYTES = 512 * 1024  # RunPod's limit for a streamed chunk is 1 MB, and JSON may double quotes
-POLL_SECONDS = 90  # a long poll for stops, as in the SDK
+POLL_SECONDS = 90  # a long poll for jobs or stops, as in the SDK
 POST_SECONDS, DELIVERY_SECONDS = 5, 30  # one try, and all tries, of one chunk or result
 
 
 @functools.cache
 def sdk() -> SimpleNamespace:
-    """What the worker uses of the SDK, by name; ImportError says which is missing."""
-    names = {
-        "runpod.http_client": "AsyncClientSession",
-        "runpod.serverless.modules.rp_fitness": "_report_unhealthy",
-        "runpod.serverless.modules.rp_http": "JOB_DONE_URL JOB_STREAM_URL",
-        "runpod.serverless.modules.rp_job": "get_job get_stop_signals",
-        "runpod.serverless.modules.rp_scale": "JobScaler",
-        "runpod.serverless.modules.worker_state": "JobsProgress",
-    }
-    try:
-        found = {n: getattr(import_module(m), n) for m, listed in names.items() for n in listed.split()}
-    except AttributeError as error:
-        raise ImportError(error) from None
-    return SimpleNamespace(**found)
+    """All that the worker takes of the SDK; a name that a release has not is an error that says it."""
+    from runpod import http_client
+    from runpod.serverless.modules import rp_fitness, rp_http, rp_job, rp_scale, worker_state
+
+    return SimpleNamespace(
+        auth_header=http_client.get_auth_header,
+        report_unhealthy=rp_fitness._report_unhealthy,
+        done_url=rp_http.JOB_DONE_URL,
+        stream_url=rp_http.JOB_STREAM_URL,
+        get_jobs=rp_job.get_job,
+        get_stops=rp_job.get_stop_signals,
+        scaler=rp_scale.JobScaler,
+        progress=worker_state.JobsProgress,
+    )
 
 
 class Queue:
@@ -1105,10 +1083,17 @@ class Queue:
 
     async def _serve(self) -> None:
         """Until a signal, or a server that cannot be kept; then the jobs under way finish."""
+        import aiohttp
+
         loop = asyncio.get_running_loop()
         for signum in SIGNALS:
-            loop.add_signal_handler(signum, self._signal)
-        async with sdk().AsyncClientSession() as self.session:
+            loop.add_signal_handler(signum, self._stop)
+        # A new connection costs the first word three round trips, and aiohttp keeps an idle one for
+        # 15 s only: a caller may speak for longer.
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60)
+        limit = aiohttp.ClientTimeout(POLL_SECONDS)
+        how = {"connector": connector, "headers": sdk().auth_header(), "timeout": limit}
+        async with aiohttp.ClientSession(**how) as self.session:
             loops = [asyncio.ensure_future(each) for each in (self._take_jobs(), self._hear_stops())]
             failed = asyncio.ensure_future(asyncio.to_thread(server.failed.wait))
             stop = asyncio.ensure_future(self.stopping.wait())
@@ -1121,7 +1106,7 @@ class Queue:
                 end(0, "stopped by a signal")
             end(1, server.failure or "a loop of the queue has ended")
 
-    def _signal(self) -> None:
+    def _stop(self) -> None:
         if self.stopping.is_set():
             end(1, "a second signal", grace=0)
         self.stopping.set()
@@ -1137,7 +1122,7 @@ class Queue:
         """A long poll for as many jobs as there are places; given up once there are none."""
         while not self._places():
             await asyncio.sleep(0.02)
-        poll = asyncio.ensure_future(sdk().get_job(self.session, self._places()))
+        poll = asyncio.ensure_future(sdk().get_jobs(self.session, self._places()))
         while not poll.done() and self._places():
             await asyncio.wait({poll}, timeout=0.05)
         return poll.result() if poll.done() else poll.cancel() and None
@@ -1148,9 +1133,9 @@ class Queue:
 
     def _begin(self, event: dict[str, Any]) -> None:
         job = Job(event, streams=STREAMING)
-        progress = sdk().JobsProgress()  # what the SDK's pings tell
+        progress = sdk().progress()  # what the SDK's pings tell
         progress.add(job.id)
-        task = self.tasks[job.id] = asyncio.ensure_future(self._run(event, job))
+        task = self.tasks[job.id] = asyncio.ensure_future(self._run(job))
 
         def give_place_back(task: asyncio.Task[None]) -> None:  # also before the task's first step
             if not task.cancelled() and task.exception():
@@ -1163,21 +1148,17 @@ class Queue:
 
     async def _hear_stops(self) -> None:
         """Cancels the jobs that were cancelled, or have run into their policy, at the platform."""
-
-        async def poll() -> Any:
-            return await asyncio.wait_for(sdk().get_stop_signals(self.session), POLL_SECONDS)
-
-        async for job_id in polled(poll):
+        async for job_id in polled(lambda: sdk().get_stops(self.session)):
             if job_id in self.tasks:
                 self.tasks[job_id].cancel()
             else:
                 self.early_stops.append(job_id)
 
-    async def _run(self, event: dict[str, Any], job: Job) -> None:
+    async def _run(self, job: Job) -> None:
         """Delivers what comes of a job, in order, and its result last."""
         pieces: list[Piece] = []
         result: dict[str, Any] = {}
-        async for piece in bridge(event, job):
+        async for piece in bridge(job):
             if isinstance(piece, dict) and piece.get("error"):
                 result = {"error": piece["error"]}
                 break
@@ -1185,13 +1166,15 @@ class Queue:
             result = {"output": pieces if STREAMING else piece}
             try:
                 if STREAMING:
-                    await self._deliver(job, f"{sdk().JOB_STREAM_URL}&isStream=false", {"output": piece})
+                    await self._deliver(job, f"{sdk().stream_url}&isStream=false", {"output": piece})
             except JobError as error:
                 if job.streamed:  # a whole object is in the result too
                     result = {"error": str(error)}
                     break
         job.stop()
-        url = f"{sdk().JOB_DONE_URL}&isStream={str(STREAMING).lower()}"
+        if not server.up.is_set():  # whoever hears of it asks again, and the open poll would take that
+            await asyncio.sleep(0.1)
+        url = f"{sdk().done_url}&isStream={str(STREAMING).lower()}"
         try:
             await self._deliver(job, url, result)
         except JobError as error:
@@ -1242,7 +1225,7 @@ async def polled(poll: Callable[[], Awaitable[Any]]) -> AsyncIterator[Any]:
         await asyncio.sleep(pause or 0.2 * at_once)
 
 
-async def bridge(event: dict[str, Any], job: Job) -> AsyncIterator[Piece]:
+async def bridge(job: Job) -> AsyncIterator[Piece]:
     """The core for an event loop: runs it in a thread, and yields what has come of it meanwhile.
 
     What comes while the last piece is posted leaves together with the next.
@@ -1251,7 +1234,7 @@ async def bridge(event: dict[str, Any], job: Job) -> AsyncIterator[Piece]:
     arrived, loop = asyncio.Event(), asyncio.get_running_loop()
 
     def work() -> None:
-        for piece in itertools.chain(answer(event, job), [None]):
+        for piece in itertools.chain(answer(job), [None]):
             pieces.append(piece)
             loop.call_soon_threadsafe(arrived.set)
 
@@ -1299,8 +1282,8 @@ def end(code: int, reason: str, grace: float = 5) -> NoReturn:
     log(f"{'error' if code else 'ended'}: {reason}")
     server.stop(grace)
     if code and ON_RUNPOD:  # the platform hears why, as from the SDK's own checks
-        with contextlib.suppress(ImportError):
-            sdk()._report_unhealthy("ollama", reason)
+        with contextlib.suppress(ImportError, AttributeError):
+            sdk().report_unhealthy("ollama", reason)
     for child in multiprocessing.active_children():  # the SDK's pings
         child.kill()
     sys.stdout.flush()
@@ -1337,7 +1320,7 @@ def main() -> None:
 
         cpuinfo.get_cpu_info = get_cpu_info
         sdk()
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:
         end(1, f"This worker needs runpod>=1.12,<1.13. {error}")
 
     def model_is_loaded() -> None:

@@ -245,7 +245,7 @@ def test_an_answer_without_its_closing_line_is_an_error(
         monkeypatch.setattr(rp_handler, "ADDRESS", f"127.0.0.1:{truncated.server_port}")
         monkeypatch.setattr(rp_handler, "TRIES", {})
         event = {"id": "job-1", "input": {"message": "Hi", "stream": stream}}
-        *_, last = rp_handler.answer(event, rp_handler.Job(event, streams=True))
+        *_, last = rp_handler.answer(rp_handler.Job(event, streams=True))
         assert isinstance(last, dict) and "broke off before its end" in error_of(last)
         truncated.shutdown()
 

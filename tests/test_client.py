@@ -87,7 +87,7 @@ def playing(part: Callable[[socket.socket], None]) -> Iterator[Player]:
 
 def last_of(stream: bool, job: Job | None = None, seconds: float = 5) -> dict[str, Any]:
     event = {"id": "job-1", "input": {"message": "Hi", "stream": stream}}
-    *_, last = answer(event, job or Job(event, streams=True, seconds=seconds))
+    *_, last = answer(job or Job(event, streams=True, seconds=seconds))
     assert isinstance(last, dict)
     return last
 
@@ -152,7 +152,7 @@ def test_a_stop_reaches_a_request_before_its_first_byte(
     part: Callable[[socket.socket], None], stream: bool
 ) -> None:
     with playing(part) as player:
-        job = Job({"id": "job-1"}, streams=True, seconds=60)
+        job = Job({"id": "job-1", "input": {"message": "Hi", "stream": stream}}, streams=True, seconds=60)
         answers: list[Any] = []
         thread = threading.Thread(target=lambda: answers.append(last_of(stream, job)))
         thread.start()
@@ -165,7 +165,7 @@ def test_a_stop_reaches_a_request_before_its_first_byte(
 
 def test_a_stop_before_the_connection_leaves_none_open() -> None:
     with playing(hang) as player:
-        job = Job({"id": "job-1"}, seconds=60)
+        job = Job({"id": "job-1", "input": {"message": "Hi"}}, seconds=60)
         job.stop()
         assert last_of(False, job)["error"] == "The job was cancelled."
         assert player.played == 0
