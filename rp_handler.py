@@ -1040,6 +1040,8 @@ server = Server()
 # - a cancel before a job's first step keeps its place     a task's done-callback gives it back …
 # - a cancel reaches no `finally` of a generator handler   … and stops the job
 # - tries a failed job-take again at once, for ever        `polled` pauses, 0.2 to 5 s
+# - closes a connection that is idle for 15 s              after 60 s: a caller speaks for longer, and a
+#                                                          new one costs the first word 3 round trips
 # - a job that its poll brings after SIGTERM never runs    the poll is given up
 # Upstream: 1.12.0 is the newest release, and its repository does the same.
 #
@@ -1088,8 +1090,6 @@ class Queue:
         loop = asyncio.get_running_loop()
         for signum in SIGNALS:
             loop.add_signal_handler(signum, self._stop)
-        # A new connection costs the first word three round trips, and aiohttp keeps an idle one for
-        # 15 s only: a caller may speak for longer.
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60)
         limit = aiohttp.ClientTimeout(POLL_SECONDS)
         how = {"connector": connector, "headers": sdk().auth_header(), "timeout": limit}

@@ -152,7 +152,9 @@ def test_a_stop_reaches_a_request_before_its_first_byte(
     part: Callable[[socket.socket], None], stream: bool
 ) -> None:
     with playing(part) as player:
-        job = Job({"id": "job-1", "input": {"message": "Hi", "stream": stream}}, streams=True, seconds=60)
+        job = Job(
+            {"id": "job-1", "input": {"message": "Hi", "stream": stream}}, streams=True, seconds=60
+        )
         answers: list[Any] = []
         thread = threading.Thread(target=lambda: answers.append(last_of(stream, job)))
         thread.start()

@@ -78,12 +78,26 @@ def test_the_curl_lines_work(endpoint: Endpoint, ollama: Ollama, route: str, ans
     assert answer in done.stdout
 
 
-@pytest.mark.parametrize("module", ["import os, requests", "from openai import OpenAI"])
-def test_the_python_snippets_work(endpoint: Endpoint, ollama: Ollama, module: str) -> None:
-    (snippet,) = blocks("python", module)
+def run_snippet(endpoint: Endpoint, word: str) -> subprocess.CompletedProcess[str]:
+    (snippet,) = blocks("python", word)
     command = [sys.executable, "-c", on(endpoint, snippet)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("module", ["requests.post", "from openai import OpenAI"])
+def test_the_python_snippets_work(endpoint: Endpoint, ollama: Ollama, module: str) -> None:
+    done = run_snippet(endpoint, module)
     assert "Hello from the scripted model." in done.stdout, done.stderr
+
+
+def test_the_snippet_waits_where_runsync_answers_before_the_job_is_done(
+    endpoint: Endpoint, ollama: Ollama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("endpoint.RUNSYNC_WAIT_MS", 1)
+    ollama.script(first_ms=500)
+    assert "Hello from the scripted model." in run_snippet(endpoint, "requests.post").stdout
+    ollama.script(status=500, error="no room")
+    assert "no room" in run_snippet(endpoint, "requests.post").stderr
 
 
 def test_a_tool_is_added_as_the_readme_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +129,7 @@ def test_every_setting_is_listed_with_its_default() -> None:
     source = (PROJECT / "rp_handler.py").read_text()
     read = set(re.findall(r'(?:setting|environ\.get)\(\s*"([A-Z_]+)"', source)) - {"RUNPOD_ENDPOINT_ID"}
     table = README[README.index("## Settings") : README.index("## What happens when")]
-    assert read | {"RUNPOD_LOG_LEVEL"} == set(re.findall(r"^\| `([A-Z_]+)`", table, re.MULTILINE))
+    assert read == set(re.findall(r"^\| `([A-Z_]+)`", table, re.MULTILINE))
     example = (PROJECT / ".env.example").read_text()
     assert read == set(re.findall(r"^# ([A-Z_]+)=", example, re.MULTILINE))
     for name, default in re.findall(r'setting\("([A-Z_]+)", "([^"]*)"', source):

@@ -13,10 +13,12 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from typing import Any
 
+import psutil
 import pytest
-from conftest import PROJECT, eventually, free_port
-from endpoint import Endpoint, Worker
+from conftest import PROJECT, Ollama, eventually, free_port
+from endpoint import HANDLER, Endpoint, Worker
 
 ORDINARY = """
 import asyncio, runpod
@@ -116,6 +118,27 @@ def test_a_failed_job_take_is_tried_again_at_once(endpoint: Endpoint, unmended: 
     eventually(lambda: len(endpoint.calls["job-take"]) > before + 60, 20)
     polls = endpoint.calls["job-take"][before + 10 : before + 60]
     assert median(later - sooner for sooner, later in pairwise(polls)) < 0.1
+
+
+def connections(worker: Worker) -> set[int]:
+    """The worker's own ports of those to the endpoint."""
+    found = psutil.Process(worker.pid).net_connections("tcp")
+    there = [each for each in found if each.raddr and each.raddr.port == worker.endpoint.port]
+    return {each.laddr.port for each in there if each.status == psutil.CONN_ESTABLISHED}
+
+
+@pytest.mark.parametrize("mended", [False, True])
+def test_only_where_mended_a_connection_outlasts_the_pause_of_a_caller(
+    scripted_server: Ollama, mended: bool
+) -> None:
+    script: Any = {"script": HANDLER} if mended else {"args": [ORDINARY], "script": "-c"}
+    with Endpoint(poll=60) as endpoint, endpoint.worker(**script) as worker:
+        worker.wait_ready()
+        endpoint.runsync({"message": "Hi"})
+        before = connections(worker)
+        time.sleep(17)  # a caller who speaks; aiohttp closes what is idle for 15 s
+        endpoint.runsync({"message": "Hi"})
+        assert (connections(worker) <= before) is mended
 
 
 def test_a_job_that_its_poll_brings_after_sigterm_never_runs(
