@@ -433,6 +433,10 @@ ROUTES: dict[str, list[str]] = {
     ).split(),
     "/v1/embeddings": "model input dimensions encoding_format".split(),
 }
+UNLESS_ASKED: dict[str, dict[str, Any]] = {  # thinking is dead air on a call
+    "/v1/chat/completions": {"reasoning_effort": "none"},
+    "/v1/responses": {"reasoning": {"effort": "none"}},
+}
 TAKES_TOOLS: dict[str, bool] = {}  # by model: asked once
 
 
@@ -471,11 +475,8 @@ def openai_body(route: str, sent: dict[str, Any]) -> dict[str, Any]:
     for turns in {"messages", "input"} & {*body}:
         if isinstance(body[turns], list):
             body[turns] = [mended(turn) for turn in body[turns]]
-    if route == "/v1/responses":  # thinking is dead air on a call
-        body.setdefault("reasoning", {"effort": "none"})
-    elif route == "/v1/chat/completions" and "reasoning" not in body:
-        body.setdefault("reasoning_effort", "none")
-    return body
+    thinks = {"reasoning", "reasoning_effort"} & {*body}
+    return body if thinks else {**body, **UNLESS_ASKED.get(route, {})}
 
 
 def mended(turn: Any) -> Any:
@@ -585,11 +586,11 @@ def tool_calls(message: dict[str, Any], job: Job) -> dict[str, Any]:
     calls = [call for call in listed if isinstance(call, dict)] if isinstance(listed, list) else []
     pool = ThreadPoolExecutor(32)
     running = [pool.submit(tool_result, *called(call), job) for call in calls]
-    wait(running, min(TOOL_SECONDS, job.left()))
-    late = {"error": f"The tool took longer than {TOOL_SECONDS} s."}
+    seconds = min(TOOL_SECONDS, job.left())
+    wait(running, seconds)
+    late = {"error": f"The tool took longer than {seconds:.3g} s."}
     results = [each.result() if each.done() else late for each in running]
     pool.shutdown(wait=False, cancel_futures=True)  # a model that still speaks ends with the job
-    job.left()
     heads = [{"toolCallId": call.get("id", ""), "name": called(call)[0]} for call in calls]
     return {"results": [{**head, **result} for head, result in zip(heads, results, strict=True)]}
 

@@ -37,7 +37,8 @@ COMMANDS = {
     "bash tests/run.sh": "whoever runs this",
     "docker ": "test_image.py, but for the engine",
     "RUNPOD_ENDPOINT_ID=… RUNPOD_API_KEY=… bash tests/run.sh -m live   # needs an account": "owners",
-    "OLLAMA_TEST_HOST=127.0.0.1:11434 bash tests/run.sh tests/test_ollama_api.py   # needs": "owners",
+    "OLLAMA_TEST_HOST=127.0.0.1:11434 bash tests/run.sh   # needs": "owners, and the workflow",
+    "OLLAMA_TEST_HOST=start bash tests/run.sh": "owners, and the workflow",
 }
 
 

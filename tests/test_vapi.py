@@ -7,15 +7,18 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
+import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import requests
-from conftest import TESTS, Ollama, eventually, free_port
+from conftest import PROJECT, TESTS, Ollama, eventually
 from endpoint import Endpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -28,12 +31,8 @@ CALL = {"id": "call-1", "orgId": "org-1", "customer": {"number": "+15550100"}}
 
 
 def job_for(message: Any, **beside: Any) -> dict[str, Any]:
-    return handler(
-        {
-            "id": "job-1",
-            "input": {"type": "vapi_webhook", "webhook_data": {"message": message, **beside}},
-        }
-    )
+    job_input = {"type": "vapi_webhook", "webhook_data": {"message": message, **beside}}
+    return handler({"id": "job-1", "input": job_input})
 
 
 def answer(kind: str, **fields: Any) -> Any:
@@ -49,66 +48,53 @@ def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(rp_handler, name, "")
 
 
-# -- what needs an answer, and no model -------------------------------------------------------------
+# -- messages that need no model ------------------------------------------------------------------
 
-ANSWERED: list[tuple[str, dict[str, Any], Any]] = [
-    ("knowledge-base-request", {"messages": []}, {"documents": []}),
-    ("call.endpointing.request", {"messages": []}, {"timeoutSeconds": 0.5}),
-    ("campaign.predial", {"campaignId": "c-1"}, {"eligible": True}),
-    ("voice-request", {"text": "Hi", "sampleRate": 16000}, {"error": "This worker makes no audio"}),
-    ("assistant-request", {"phoneNumber": {"number": "+15550199"}}, {"error": "No assistant is set up"}),
-    ("transfer-destination-request", {}, {"error": "There is no number"}),
-    ("handoff-destination-request", {}, {"error": "There is no assistant"}),
-]
-TOLD = [
-    "status-update",
-    "end-of-call-report",
-    "hang",
-    "conversation-update",
-    "transcript",
-    'transcript[transcriptType="final"]',
-    "speech-update",
-    "model-output",
-    "user-interrupted",
-    "transfer-update",
-    "voice-input",
-    "language-change-detected",
-    "assistant.started",
-    "assistant.speechStarted",
-    "phone-call-control",
-    "chat.created",
-    "chat.deleted",
-    "session.created",
-    "session.updated",
-    "session.deleted",
-    "call.deleted",
-    "call.delete.failed",
-    "call.artifact.upload",
-    "a-type-yet-to-come",
-]
+TOLD = """
+status-update end-of-call-report hang conversation-update transcript transcript[transcriptType="final"]
+speech-update model-output user-interrupted transfer-update voice-input language-change-detected
+assistant.started assistant.speechStarted phone-call-control chat.created chat.deleted session.created
+session.updated session.deleted call.deleted call.delete.failed call.artifact.upload a-type-yet-to-come
+""".split()
+ANSWERED: dict[str, dict[str, Any]] = {
+    "knowledge-base-request": {"documents": []},
+    "call.endpointing.request": {"timeoutSeconds": 0.5},
+    "campaign.predial": {"eligible": True},
+    **{kind: {} for kind in TOLD},
+}
+REFUSED = {
+    "voice-request": "This worker makes no audio",
+    "assistant-request": "No assistant is set up",
+    "transfer-destination-request": "There is no number",
+    "handoff-destination-request": "There is no assistant",
+}
+SET: dict[str, dict[str, Any]] = {
+    "assistant-request": {"assistantId": "as-1"},
+    "transfer-destination-request": {"destination": {"type": "number", "number": "+15550123"}},
+    "handoff-destination-request": {"destination": {"type": "assistant", "assistantId": "as-1"}},
+}
 
 
-@pytest.mark.parametrize(("kind", "fields", "expected"), ANSWERED, ids=[row[0] for row in ANSWERED])
-def test_quick_messages_are_answered_without_the_model(
-    ollama: Ollama, kind: str, fields: dict[str, Any], expected: dict[str, Any]
+@pytest.mark.parametrize("kind", ANSWERED)
+def test_a_message_is_answered_without_the_model(ollama: Ollama, kind: str) -> None:
+    assert answer(kind, messages=[], artifact={"transcript": "private"}) == ANSWERED[kind]
+    assert ollama.requests() == []
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_not_set_up_is_refused_without_the_model(ollama: Ollama, kind: str) -> None:
+    said = answer(kind)
+    assert set(said) == {"error"} and said["error"].startswith(REFUSED[kind])
+    assert ollama.requests() == []
+
+
+@pytest.mark.parametrize("kind", SET)
+def test_assistant_and_destinations_come_from_the_settings(
+    monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    said = answer(kind, **fields)
-    if "error" in expected:
-        assert set(said) == {"error"} and said["error"].startswith(expected["error"])
-    else:
-        assert said == expected
-    assert ollama.requests() == []
-
-
-@pytest.mark.parametrize("kind", TOLD)
-def test_what_is_only_told_is_answered_empty_without_the_model(ollama: Ollama, kind: str) -> None:
-    assert answer(kind, artifact={"transcript": "private"}) == {}
-    assert ollama.requests() == []
-
-
-def test_assistant_request_names_the_assistant_that_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rp_handler, "VAPI_TRANSFER_NUMBER", "+15550123")
     monkeypatch.setattr(rp_handler, "VAPI_ASSISTANT_ID", "as-1")
-    assert answer("assistant-request") == {"assistantId": "as-1"}
+    assert answer(kind) == SET[kind]
 
 
 def test_assistant_request_makes_an_assistant_that_talks_to_this_endpoint(
@@ -127,17 +113,6 @@ def test_assistant_request_makes_an_assistant_that_talks_to_this_endpoint(
         }
     }
     assert ollama.requests() == []
-
-
-def test_destinations_come_from_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rp_handler, "VAPI_TRANSFER_NUMBER", "+15550123")
-    monkeypatch.setattr(rp_handler, "VAPI_ASSISTANT_ID", "as-1")
-    assert answer("transfer-destination-request") == {
-        "destination": {"type": "number", "number": "+15550123"}
-    }
-    assert answer("handoff-destination-request") == {
-        "destination": {"type": "assistant", "assistantId": "as-1"}
-    }
 
 
 CALL_ID = "0f3b6c1e-8a34-4b58-9a6e-1f0f5a4b7c21"
@@ -185,17 +160,33 @@ def called(name: str, arguments: Any, id: str = "tc-1") -> dict[str, Any]:
     return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
+def results(*calls: dict[str, Any]) -> list[dict[str, Any]]:
+    return list(answer("tool-calls", toolCallList=list(calls))["results"])
+
+
 @pytest.fixture
-def tools(monkeypatch: pytest.MonkeyPatch) -> None:
+def tools(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    ended = [threading.Event() for _ in range(5)]
+
     def fail(**_: Any) -> str:
         raise OSError("the line\nis dead")
 
-    def slow(seconds: float) -> str:
-        time.sleep(seconds)
-        return "late"
+    def after_the_next(place: int) -> str:
+        assert ended[place + 1].wait(5), "the calls do not run side by side"
+        ended[place].set()
+        return f"place {place}"
 
-    own = {"echo": lambda text: f"said {text}", "fail": fail, "slow": slow, "table": lambda: {"a": [1]}}
+    own: dict[str, Callable[..., Any]] = {
+        "echo": lambda text: f"said {text}",
+        "fail": fail,
+        "stuck": lambda: ended[0].wait(10),
+        "after_the_next": after_the_next,
+        "table": lambda: {"a": [1]},
+    }
     monkeypatch.setattr(rp_handler, "TOOLS", {**rp_handler.TOOLS, **own})
+    ended[4].set()
+    yield
+    ended[0].set()
 
 
 @pytest.mark.usefixtures("tools")
@@ -211,9 +202,7 @@ def tools(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_arguments_are_read_in_every_form(call: dict[str, Any]) -> None:
-    assert answer("tool-calls", toolCallList=[call]) == {
-        "results": [{"toolCallId": "tc-1", "name": "echo", "result": "said yes"}]
-    }
+    assert results(call) == [{"toolCallId": "tc-1", "name": "echo", "result": "said yes"}]
 
 
 @pytest.mark.usefixtures("tools")
@@ -233,8 +222,7 @@ def test_arguments_are_read_in_every_form(call: dict[str, Any]) -> None:
     ],
 )
 def test_a_call_that_fails_is_an_error_for_itself_alone(ollama: Ollama, call: Any, error: str) -> None:
-    good = called("echo", {"text": "yes"}, "tc-2")
-    failed, fine = answer("tool-calls", toolCallList=[call, good])["results"]
+    failed, fine = results(call, called("echo", {"text": "yes"}, "tc-2"))
     assert set(failed) == {"toolCallId", "name", "error"} and failed["toolCallId"] == "tc-1"
     assert re.match(error, failed["error"]) and "\n" not in failed["error"]
     assert fine == {"toolCallId": "tc-2", "name": "echo", "result": "said yes"}
@@ -242,29 +230,25 @@ def test_a_call_that_fails_is_an_error_for_itself_alone(ollama: Ollama, call: An
 
 
 @pytest.mark.usefixtures("tools")
-def test_results_come_in_the_order_of_the_calls_and_side_by_side() -> None:
-    calls = [called("slow", {"seconds": 0.4 - place / 10}, f"id {place}") for place in range(4)]
-    started = time.monotonic()
-    results = answer("tool-calls", toolCallList=calls)["results"]
-    assert time.monotonic() - started < 0.95, "one after the other it takes 1 s"
-    assert [result["toolCallId"] for result in results] == ["id 0", "id 1", "id 2", "id 3"]
-    assert {result["result"] for result in results} == {"late"}
+def test_calls_run_side_by_side_and_their_results_keep_the_order() -> None:
+    calls = [called("after_the_next", {"place": place}, f"id {place}") for place in range(4)]
+    got = [(result["toolCallId"], result["result"]) for result in results(*calls)]
+    assert got == [(f"id {place}", f"place {place}") for place in range(4)]
 
 
 @pytest.mark.usefixtures("tools")
 def test_a_tool_that_is_too_slow_is_an_error_and_holds_up_no_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(rp_handler, "TOOL_SECONDS", 0.3)
-    calls = [called("slow", {"seconds": 3}, "a"), called("echo", {"text": "yes"}, "b")]
-    late, fine = answer("tool-calls", toolCallList=calls)["results"]
-    assert late == {"toolCallId": "a", "name": "slow", "error": "The tool took longer than 0.3 s."}
+    monkeypatch.setattr(rp_handler, "TOOL_SECONDS", 0.5)
+    late, fine = results(called("stuck", {}, "a"), called("echo", {"text": "yes"}, "b"))
+    assert late == {"toolCallId": "a", "name": "stuck", "error": "The tool took longer than 0.5 s."}
     assert fine["result"] == "said yes"
 
 
 def test_ask_model_is_answered_through_chat_in_one_line(ollama: Ollama) -> None:
     ollama.script(tokens=["It is\n", "noon."])
-    (result,) = answer("tool-calls", toolCallList=[called("ask_model", {"message": "Time?"})])["results"]
+    (result,) = results(called("ask_model", {"message": "Time?"}))
     assert result == {"toolCallId": "tc-1", "name": "ask_model", "result": "It is noon."}
     assert ollama.last()["body"]["messages"][-1]["content"] == "Time?"
 
@@ -274,21 +258,18 @@ def test_a_slow_model_stops_generating_when_the_tools_time_is_over(
 ) -> None:
     monkeypatch.setattr(rp_handler, "TOOL_SECONDS", 0.3)
     ollama.script(repeat=-1, interval_ms=20)
-    (result,) = answer("tool-calls", toolCallList=[called("ask_model", {"message": "Talk."})])["results"]
+    (result,) = results(called("ask_model", {"message": "Talk."}))
     assert "longer than" in result["error"]
     eventually(lambda: ollama.last()["state"] == "closed", seconds=3)  # the job's own limit is 5 s
 
 
 def test_a_failing_model_is_an_error_of_the_call(ollama: Ollama) -> None:
     ollama.script(status=400, error="no such luck")
-    (result,) = answer("tool-calls", toolCallList=[called("ask_model", {"message": "Hi"})])["results"]
+    (result,) = results(called("ask_model", {"message": "Hi"}))
     assert result["error"] == "ask_model failed: Ollama (400): no such luck"
 
 
-@pytest.mark.usefixtures("tools")
-def test_a_result_that_is_no_text_is_written_as_json() -> None:
-    (result,) = answer("tool-calls", toolCallList=[called("table", {})])["results"]
-    assert result["result"] == '{"a": [1]}'
+NO_TOOL = "There is no tool ''; there is ask_model, echo, fail, stuck, after_the_next, table."
 
 
 @pytest.mark.usefixtures("tools")
@@ -296,9 +277,10 @@ def test_a_result_that_is_no_text_is_written_as_json() -> None:
     ("function", "expected"),
     [
         ({"name": "echo", "parameters": {"text": "yes"}}, {"result": "said yes"}),
+        ({"name": "table"}, {"result": '{"a": [1]}'}),
         ({"name": "fail", "parameters": {}}, {"error": "fail failed: the line is dead"}),
-        (None, {"error": "There is no tool ''; there is ask_model, echo, fail, slow, table."}),
-        ("echo", {"error": "There is no tool ''; there is ask_model, echo, fail, slow, table."}),
+        (None, {"error": NO_TOOL}),
+        ("echo", {"error": NO_TOOL}),
     ],
 )
 def test_the_legacy_function_call_goes_through_the_same_table(
@@ -364,126 +346,156 @@ def test_any_envelope_gets_one_well_formed_answer(ollama: Ollama, message: Any, 
 
 # -- the relay ----------------------------------------------------------------------------------
 
+RELAY = (TESTS / "relay.js").read_text()
 SERVE = """
 import http from "node:http";
-import relay from %r;
-http.createServer(async (asked, answer) => {
-  const parts = [];
-  for await (const part of asked) parts.push(part);
-  const request = new Request("http://relay" + asked.url, {
-    method: "POST", headers: asked.headers, body: Buffer.concat(parts),
-  });
+import relay from "data:text/javascript,%s";
+const server = http.createServer(async (asked, answer) => {
+  const { method, headers } = asked;
+  const body = Buffer.concat(await asked.toArray());
+  const request = new Request("http://relay", { method, headers, body });
   const response = await relay.fetch(request, process.env);
   answer.writeHead(response.status, Object.fromEntries(response.headers));
   answer.end(await response.text());
-}).listen(%d, "127.0.0.1");
+});
+server.listen(0, "127.0.0.1", () => console.log(server.address().port));
 """
 
 
-class Relay:
-    def __init__(self, port: int):
-        self.url = f"http://127.0.0.1:{port}"
-
-    def post(self, message: Any, secret: str = "s3cret") -> requests.Response:
-        headers = {"X-Vapi-Secret": secret}
-        return requests.post(self.url, json={"message": message}, headers=headers, timeout=30)
-
-    def listens(self) -> bool:
-        try:
-            return self.post({"type": "hang"}, secret="wrong").status_code == 401
-        except requests.ConnectionError:
-            return False
-
-
 @contextlib.contextmanager
-def relaying(endpoint: Endpoint, folder: Path) -> Iterator[Relay]:
-    """The relay in Node, in front of `endpoint`."""
+def relaying(runpod: str, source: str = RELAY) -> Iterator[str]:
+    """The address of the relay, which runs in Node in front of the endpoint at `runpod`."""
     node = shutil.which("node")
     if not node or int(subprocess.check_output([node, "-p", "parseInt(process.versions.node)"])) < 18:
         pytest.skip("the relay needs Node 18 or newer")
-    shutil.copy(TESTS / "relay.js", folder / "relay.mjs")
-    port = free_port()
-    script = folder / "serve.mjs"
-    script.write_text(SERVE % ("./relay.mjs", port))
-    env = {**os.environ, "VAPI_SECRET": "s3cret", "RUNPOD_API_KEY": "key", "RUNPOD_URL": endpoint.url}
-    process = subprocess.Popen([node, str(script)], env=env)
-    try:
-        relay = Relay(port)
-        eventually(relay.listens)
-        yield relay
-    finally:
-        process.kill()
-        process.wait()
+    command = [node, "--input-type=module", "-e", SERVE % quote(source)]
+    variables = {"VAPI_SECRET": "s3cret", "RUNPOD_API_KEY": "key", "RUNPOD_URL": runpod}
+    with subprocess.Popen(command, env={**os.environ, **variables}, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout
+            yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+        finally:
+            process.kill()
+
+
+def post(relay: str, body: str, secret: str = "s3cret") -> requests.Response:
+    return requests.post(relay, body, headers={"X-Vapi-Secret": secret}, timeout=30)
+
+
+def tell(relay: str, kind: str, **fields: Any) -> Any:
+    """What VAPI gets for a message; always with HTTP 200."""
+    response = post(relay, json.dumps({"message": {"type": kind, **fields}}))
+    assert response.status_code == 200, response.text
+    return response.json()
 
 
 @pytest.fixture(scope="module")
-def relayed(
-    scripted_server: Ollama, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Relay, Endpoint]]:
-    with Endpoint(poll=1, api_key="key") as endpoint, endpoint.worker(env={}) as worker:
+def relayed(scripted_server: Ollama) -> Iterator[tuple[str, Endpoint]]:
+    """A relay, and the endpoint with a real worker behind it."""
+    scripted_server.script()
+    with Endpoint(poll=1, api_key="key") as endpoint, endpoint.worker() as worker:
         worker.wait_ready()
-        with relaying(endpoint, tmp_path_factory.mktemp("relay")) as relay:
+        with relaying(endpoint.url) as relay:
             yield relay, endpoint
 
 
-def test_the_relay_answers_before_vapi_gives_up(tmp_path: Path) -> None:
-    with Endpoint(api_key="key") as no_worker, relaying(no_worker, tmp_path) as relay:
-        started = time.monotonic()
-        response = relay.post({"type": "assistant-request"})
-        assert response.status_code == 200 and "No answer in time" in response.json()["error"]
-        assert time.monotonic() - started < 7.5
+@pytest.fixture(scope="module")
+def by_hand() -> Iterator[tuple[str, socket.socket]]:
+    """A relay, and the socket on which the test itself is RunPod."""
+    with socket.create_server(("127.0.0.1", 0)) as runpod:
+        runpod.settimeout(10)
+        with relaying(f"http://127.0.0.1:{runpod.getsockname()[1]}") as relay:
+            yield relay, runpod
+
+
+@pytest.mark.parametrize("kind", TOLD)
+def test_what_is_only_told_the_relay_answers_without_a_job(
+    relayed: tuple[str, Endpoint], kind: str
+) -> None:
+    relay, endpoint = relayed
+    jobs = len(endpoint.jobs)
+    assert tell(relay, kind) == {}
+    assert len(endpoint.jobs) == jobs
+
+
+@pytest.mark.parametrize("kind", sorted(rp_handler.VAPI_MESSAGES.keys() - TOLD))
+def test_what_wants_an_answer_the_relay_brings_to_the_worker(
+    relayed: tuple[str, Endpoint], kind: str
+) -> None:
+    relay, endpoint = relayed
+    fields = {"call": CALL, "toolCallList": [called("nope", {})]}
+    said = tell(relay, kind, **fields)
+    *_, job = endpoint.jobs.values()
+    assert job.input == {"type": "vapi_webhook", "webhook_data": {"message": {"type": kind, **fields}}}
+    assert said and said == job.output[0]["vapi_response"]
+
+
+def test_ended_calls_are_brought_where_their_line_in_the_log_is_wanted(
+    relayed: tuple[str, Endpoint],
+) -> None:
+    (worker,) = relayed[1].workers
+    wanted = RELAY.replace("LOG_ENDED_CALLS = false", "LOG_ENDED_CALLS = true")
+    with relaying(relayed[1].url, wanted) as relay:
+        assert tell(relay, "end-of-call-report", endedReason="hangup") == {}
+    assert "ended: hangup" in worker.log
 
 
 @pytest.mark.parametrize(
-    ("message", "expected"),
+    ("secret", "body", "status"),
     [
-        ({"type": "campaign.predial"}, {"eligible": True}),
-        ({"type": "status-update", "call": CALL}, {}),
-        (
-            {"type": "tool-calls", "toolCallList": [called("nope", {})]},
-            {
-                "results": [
-                    {
-                        "toolCallId": "tc-1",
-                        "name": "nope",
-                        "error": "There is no tool 'nope'; there is ask_model.",
-                    }
-                ]
-            },
-        ),
+        ("guess", '{"message": {"type": "hang"}}', 401),
+        ("s3cret", '{"message": {}}', 400),
+        ("s3cret", '{"message": 5}', 400),
+        ("s3cret", "null", 400),
+        ("s3cret", "{not json", 400),
+        ("s3cret", "", 400),
     ],
 )
-def test_the_relay_answers_vapi_with_http_200(
-    relayed: tuple[Relay, Endpoint], message: Any, expected: dict[str, Any]
+def test_the_relay_refuses_who_is_not_vapi(
+    relayed: tuple[str, Endpoint], secret: str, body: str, status: int
 ) -> None:
-    response = relayed[0].post(message)
-    assert (response.status_code, response.json()) == (200, expected)
+    assert post(relayed[0], body, secret).status_code == status
 
 
-def test_the_relay_makes_an_assistant_of_the_endpoint(relayed: tuple[Relay, Endpoint]) -> None:
-    assistant = relayed[0].post({"type": "assistant-request"}).json()["assistant"]
-    assert assistant["model"]["url"].endswith("/openai/v1")
+@pytest.mark.parametrize(
+    ("status", "body", "said"),
+    [
+        ("200 OK", '{"output": {"vapi_response": {"results": []}}}', {"results": []}),
+        ("200 OK", '{"status": "FAILED", "error": "Ollama ended."}', {"error": "Ollama ended."}),
+        ("200 OK", '{"id": "a", "status": "IN_PROGRESS"}', {"error": "RunPod: the job is IN_PROGRESS"}),
+        ("200 OK", "<html>Welcome</html>", {"error": "RunPod: its answer is not JSON"}),
+        ("502 Bad Gateway", "<html>Down</html>", {"error": "RunPod: 502"}),
+        ("401 Unauthorized", "", {"error": "RunPod: 401"}),
+        ("401 Unauthorized", '{"error": "unauthorized"}', {"error": "RunPod: 401"}),
+        ("no status", "", {"error": "RunPod: no connection"}),
+    ],
+)
+def test_the_relay_puts_what_runpod_answers_into_words(
+    by_hand: tuple[str, socket.socket], status: str, body: str, said: dict[str, Any]
+) -> None:
+    relay, runpod = by_hand
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(tell, relay, "tool-calls")
+        with runpod.accept()[0] as connection:
+            assert connection.recv(65536).startswith(b"POST /runsync?wait=18500 ")  # VAPI waits 20 s
+            connection.sendall(f"HTTP/1.1 {status}\r\n\r\n{body}".encode())
+            connection.shutdown(socket.SHUT_WR)
+            assert asked.result() == said
 
 
-def test_the_relay_passes_a_failed_jobs_error_on(relayed: tuple[Relay, Endpoint]) -> None:
-    response = relayed[0].post(5)
-    assert response.status_code == 200 and '"webhook_data" must be' in response.json()["error"]
-
-
-def test_the_relay_refuses_a_wrong_secret(relayed: tuple[Relay, Endpoint]) -> None:
-    assert relayed[0].post({"type": "hang"}, secret="guess").status_code == 401
-
-
-def test_the_relay_answers_an_error_when_the_endpoint_does_not(relayed: tuple[Relay, Endpoint]) -> None:
-    relay, endpoint = relayed
-    endpoint.platform.api_key = "another"
-    try:
-        response = relay.post({"type": "hang"})
-        assert response.status_code == 200 and set(response.json()) == {"error"}
-    finally:
-        endpoint.platform.api_key = "key"
+def test_the_relay_answers_before_vapi_gives_up(by_hand: tuple[str, socket.socket]) -> None:
+    relay, runpod = by_hand
+    with Endpoint(api_key="key") as no_worker, relaying(no_worker.url) as queue:
+        started = time.monotonic()
+        with ThreadPoolExecutor() as pool:
+            asked = [pool.submit(tell, each, "assistant-request") for each in (queue, relay, relay)]
+            with runpod.accept()[0] as silent, runpod.accept()[0] as half:
+                assert silent.recv(65536).startswith(b"POST /runsync?wait=6500 ")  # VAPI waits 7.5 s
+                half.sendall(b"HTTP/1.1 200 OK\r\n\r\n{")
+                said = [each.result()["error"] for each in asked]
+        assert said == ["RunPod: the job is IN_QUEUE", *2 * ["RunPod: no answer in time"]]
+        assert time.monotonic() - started < 15, "it waits as long as for tool-calls"
 
 
 def test_the_readme_shows_the_relay_as_it_is_tested() -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    assert (TESTS / "relay.js").read_text() in readme
+    assert RELAY in (PROJECT / "README.md").read_text()
