@@ -433,10 +433,6 @@ ROUTES: dict[str, list[str]] = {
     ).split(),
     "/v1/embeddings": "model input dimensions encoding_format".split(),
 }
-UNLESS_ASKED: dict[str, dict[str, Any]] = {  # thinking is dead air on a call
-    "/v1/chat/completions": {"reasoning_effort": "none"},
-    "/v1/responses": {"reasoning": {"effort": "none"}},
-}
 TAKES_TOOLS: dict[str, bool] = {}  # by model: asked once
 
 
@@ -475,8 +471,12 @@ def openai_body(route: str, sent: dict[str, Any]) -> dict[str, Any]:
     for turns in {"messages", "input"} & {*body}:
         if isinstance(body[turns], list):
             body[turns] = [mended(turn) for turn in body[turns]]
-    thinks = {"reasoning", "reasoning_effort"} & {*body}
-    return body if thinks else {**body, **UNLESS_ASKED.get(route, {})}
+    # Thinking is dead air on a call, unless it is asked for.
+    if route == "/v1/responses" and isinstance(reasoning := body.get("reasoning", {}), dict):
+        body["reasoning"] = {"effort": "none", **reasoning}
+    elif route == "/v1/chat/completions" and "reasoning" not in body:
+        body.setdefault("reasoning_effort", "none")
+    return body
 
 
 def mended(turn: Any) -> Any:

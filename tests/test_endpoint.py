@@ -22,7 +22,7 @@ from openai import APIError, OpenAI
 ENDPOINT_ID, API_KEY = os.environ.get("RUNPOD_ENDPOINT_ID"), os.environ.get("RUNPOD_API_KEY")
 HI = [{"role": "user", "content": "Say hello."}]
 SHORT = {"messages": HI, "max_tokens": 40}  # what a live test costs
-CLOCK = {
+CLOCK: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "clock",
@@ -34,6 +34,9 @@ CLOCK = {
         },
     },
 }
+CHAT, RESPONSES = "chat/completions", "responses"
+TURNS = {CHAT: "messages", RESPONSES: "input"}  # the field of a body
+CLOCKS = {CHAT: CLOCK, RESPONSES: {"type": "function", **CLOCK["function"]}}
 
 
 class Target:
@@ -78,7 +81,7 @@ class Loopback:
         return [seen["state"] for seen in self.ollama.requests(*GENERATIONS)]
 
 
-GENERATIONS = ("/api/chat", "/v1/chat/completions", "/v1/completions")
+GENERATIONS = ("/api/chat", "/v1/chat/completions", "/v1/completions", "/v1/responses")
 
 
 def loopback(**environment: str) -> Iterator[Loopback]:
@@ -109,6 +112,14 @@ def live() -> Target | None:
 @pytest.fixture
 def target(live: Target | None, request: pytest.FixtureRequest) -> Target:
     return live or request.getfixturevalue("local").target
+
+
+@pytest.fixture
+def real(worker_environment: dict[str, str]) -> Iterator[Target]:
+    """An endpoint whose worker starts Ollama with the small real model."""
+    with Endpoint(poll=1) as endpoint, endpoint.worker(env=worker_environment) as worker:
+        worker.wait_ready()
+        yield Target(endpoint.url, "any-key")
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +167,20 @@ def test_text_completions_stream_and_do_not(target: Target) -> None:
     assert done.usage.completion_tokens > 0
     chunks = list(target.openai.completions.create(**ask, stream=True))
     assert "".join(chunk.choices[0].text for chunk in chunks)
+
+
+@pytest.mark.parametrize("name", [pytest.param("target", marks=pytest.mark.live), "real"])
+def test_responses_stream_and_do_not(name: str, request: pytest.FixtureRequest) -> None:
+    target: Target = request.getfixturevalue(name)
+    ask = {"model": target.model, "input": "Say hello.", "max_output_tokens": 40}
+    done = target.openai.responses.create(**ask)
+    assert done.status == "completed" and done.output_text.strip()
+    assert done.usage.total_tokens == done.usage.input_tokens + done.usage.output_tokens
+    *events, last = target.openai.responses.create(**ask, stream=True)
+    words = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert len(words) > 1 and "".join(words).strip()
+    assert last.type == "response.completed" and last.response.output_text == "".join(words)
+    assert 0 < last.response.usage.output_tokens <= 40
 
 
 @pytest.mark.live
@@ -264,15 +289,19 @@ def test_a_chat_job_that_streams_yields_texts_and_a_last_piece_with_counts(targe
 @pytest.mark.parametrize(
     ("path", "body", "words"),
     [
-        ("chat/completions", {"model": "nope:1b", "messages": HI}, "model 'nope:1b' not found"),
-        ("chat/completions", {"model": "nope:1b", "messages": HI, "stream": True}, "installed: "),
-        ("chat/completions", {"messages": []}, "too short"),
-        ("chat/completions", {"messages": HI, "stream": "yes"}, "true or false"),
-        ("chat/completions", {"messages": HI, "model": "../../etc"}, "name"),
-        ("chat/completions", {"messages": HI, "model": "gpt-oss:120b-cloud"}, "cloud"),
-        ("chat/completions", {"messages": HI, "reasoning_effort": "lots"}, "reasoning"),
+        (CHAT, {"model": "nope:1b", "messages": HI}, "model 'nope:1b' not found"),
+        (CHAT, {"model": "nope:1b", "messages": HI, "stream": True}, "installed: "),
+        (CHAT, {"messages": []}, "too short"),
+        (CHAT, {"messages": HI, "stream": "yes"}, "true or false"),
+        (CHAT, {"messages": HI, "model": "../../etc"}, "name"),
+        (CHAT, {"messages": HI, "model": "gpt-oss:120b-cloud"}, "cloud"),
+        (CHAT, {"messages": HI, "reasoning_effort": "lots"}, "reasoning"),
         ("embeddings", {"input": "Hi"}, "does not support embeddings"),
-        ("responses", {"input": "Hi"}, "Unknown route '/v1/responses'"),
+        (RESPONSES, {"input": "Hi", "model": "nope:1b"}, "model 'nope:1b' not found"),
+        (RESPONSES, {"input": "Hi", "stream": 1}, "true or false"),
+        (RESPONSES, {"input": "Hi", "reasoning": {"effort": "lots"}}, "reasoning"),
+        (RESPONSES, {"input": [{"type": "x"}], "stream": True}, "input[0]: unknown input item type"),
+        ("audio/speech", {"input": "Hi"}, "Unknown route '/v1/audio/speech'"),
     ],
 )
 def test_an_openai_error_carries_ollamas_own_words(
@@ -296,6 +325,7 @@ def test_an_openai_error_carries_ollamas_own_words(
         "/v1/models/",
         "/v1/models?x=1",
         "/v1/chat/completions/",
+        "/v1/responses/resp_1",
         "//v1/models",
         "/v1/chät/completions",
         "/v1/models/llamä",
@@ -322,39 +352,76 @@ def test_vapis_private_fields_stop_at_the_worker(local: Loopback, mode: str) -> 
     assert set(body) == {"model", "messages", "temperature", "max_tokens", "stream", "reasoning_effort"}
 
 
+def test_private_fields_of_a_response_stop_at_the_worker(local: Loopback) -> None:
+    sent = {"input": HI, "instructions": "Be brief.", "temperature": 0.5, "previous_response_id": "r-1"}
+    local.target.sse({**METADATA["variable"], **sent, "store": True, "user": "+15550100"}, RESPONSES)
+    body = local.ollama.last("/v1/responses")["body"]
+    ours = {"model": "llama3:latest", "stream": True, "max_output_tokens": 1024}
+    del sent["previous_response_id"]
+    assert body == {**sent, **ours, "reasoning": {"effort": "none"}}
+
+
 @pytest.mark.parametrize(
-    ("sent", "received"),
+    ("path", "sent", "received"),
     [
-        ({}, {"model": "llama3:latest", "max_tokens": 1024, "reasoning_effort": "none"}),
-        ({"model": "", "max_tokens": 0}, {"model": "llama3:latest", "max_tokens": 1024}),
-        ({"max_tokens": -1}, {"max_tokens": 1024}),
-        ({"max_tokens": 5}, {"max_tokens": 5}),
-        ({"max_completion_tokens": 6}, {"max_tokens": 6}),
-        ({"reasoning_effort": "low"}, {"reasoning_effort": "low"}),
+        (CHAT, {}, {"model": "llama3:latest", "max_tokens": 1024, "reasoning_effort": "none"}),
+        (CHAT, {"model": "", "max_tokens": 0}, {"model": "llama3:latest", "max_tokens": 1024}),
+        (CHAT, {"max_tokens": -1}, {"max_tokens": 1024}),
+        (CHAT, {"max_tokens": 5}, {"max_tokens": 5}),
+        (CHAT, {"max_completion_tokens": 6}, {"max_tokens": 6}),
+        (CHAT, {"reasoning_effort": "low"}, {"reasoning_effort": "low"}),
         (
+            CHAT,
             {"model": "qwen2.5:7b", "temperature": 0, "seed": 1},
             {"model": "qwen2.5:7b", "temperature": 0},
         ),
+        (RESPONSES, {}, {"max_output_tokens": 1024, "reasoning": {"effort": "none"}}),
+        (RESPONSES, {"max_output_tokens": 0}, {"max_output_tokens": 1024}),
+        (RESPONSES, {"max_output_tokens": -1}, {"max_output_tokens": 1024}),
+        (RESPONSES, {"max_output_tokens": 5}, {"max_output_tokens": 5}),
+        (RESPONSES, {"reasoning": {"effort": "low"}}, {"reasoning": {"effort": "low"}}),
+        (
+            RESPONSES,
+            {"reasoning": {"summary": "auto"}},
+            {"reasoning": {"effort": "none", "summary": "auto"}},
+        ),
+        (RESPONSES, {"text": {"format": {"type": "text"}}}, {"text": {"format": {"type": "text"}}}),
+        (RESPONSES, {"model": "qwen2.5:7b", "top_p": 0.5}, {"model": "qwen2.5:7b", "top_p": 0.5}),
     ],
 )
 def test_defaults_fill_what_a_body_leaves_out(
-    local: Loopback, sent: dict[str, Any], received: dict[str, Any]
+    local: Loopback, path: str, sent: dict[str, Any], received: dict[str, Any]
 ) -> None:
     local.script(capabilities={"llama3:latest": ["completion", "thinking"]})
-    local.target.sse({"messages": HI, **sent})
-    body = local.ollama.last("/v1/chat/completions")["body"]
-    assert received.items() <= body.items()
+    local.target.sse({TURNS[path]: HI, **sent}, path)
+    assert received.items() <= local.ollama.last(f"/v1/{path}")["body"].items()
 
 
-def test_the_role_developer_is_system_and_tool_choice_none_drops_the_tools(local: Loopback) -> None:
+@pytest.mark.parametrize("path", TURNS)
+def test_the_role_developer_is_system_and_tool_choice_none_drops_the_tools(
+    local: Loopback, path: str
+) -> None:
     local.script(capabilities={"qwen2.5:7b": ["completion", "tools"]})
     rule = {"role": "developer", "content": "Rhyme."}
-    body = {"model": "qwen2.5:7b", "messages": [rule, *HI], "tools": [CLOCK]}
-    local.target.sse({**body, "tool_choice": "auto"})
-    asked = local.ollama.last("/v1/chat/completions")["body"]
-    assert asked["messages"][0] == {"role": "system", "content": "Rhyme."} and asked["tools"]
-    local.target.sse({**body, "tool_choice": "none"})
-    assert "tools" not in local.ollama.last("/v1/chat/completions")["body"]
+    body = {"model": "qwen2.5:7b", TURNS[path]: [rule, *HI], "tools": [CLOCKS[path]]}
+    local.target.sse({**body, "tool_choice": "auto"}, path)
+    asked = local.ollama.last(f"/v1/{path}")["body"]
+    assert asked[TURNS[path]][0] == {"role": "system", "content": "Rhyme."}
+    assert asked["tools"] == body["tools"]
+    local.target.sse({**body, "tool_choice": "none"}, path)
+    assert "tools" not in local.ollama.last(f"/v1/{path}")["body"]
+
+
+def test_items_of_a_response_pass_and_the_developer_among_them_is_system(local: Loopback) -> None:
+    items: list[dict[str, Any]] = [
+        {"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "Rhyme."}]},
+        {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "Let me see."},
+        {"type": "function_call", "call_id": "call_1", "name": "clock", "arguments": ""},
+        {"type": "function_call_output", "call_id": "call_1", "output": "12:30"},
+    ]
+    local.target.sse({"input": items}, RESPONSES)
+    received = local.ollama.last("/v1/responses")["body"]["input"]
+    assert received == [{**items[0], "role": "system"}, *items[1:]]
 
 
 def test_turns_that_ollama_refuses_are_mended(local: Loopback) -> None:
@@ -367,9 +434,9 @@ def test_turns_that_ollama_refuses_are_mended(local: Loopback) -> None:
 
 def test_tools_are_dropped_for_a_model_without_them_with_one_warning(local: Loopback) -> None:
     local.script(capabilities={"qwen2.5:7b": ["completion", "tools"]})
-    for _ in range(2):
-        assert local.target.sse({"messages": HI, "tools": [CLOCK]})[-1] == "data: [DONE]"
-    assert "tools" not in local.ollama.last("/v1/chat/completions")["body"]
+    for path in (CHAT, RESPONSES, CHAT):
+        local.target.sse({TURNS[path]: HI, "tools": [CLOCKS[path]]}, path)
+        assert "tools" not in local.ollama.last(f"/v1/{path}")["body"]
     warnings = re.findall(r"warning: .*tools.*", local.worker.log)
     assert len(warnings) == 1 and "llama3:latest takes no tools" in warnings[0]
 
@@ -394,6 +461,19 @@ def test_tool_calls_reach_the_openai_client(local: Loopback, stream: bool) -> No
     assert json.loads(call.function.arguments) == arguments
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_function_calls_of_a_response_reach_the_openai_client(local: Loopback, stream: bool) -> None:
+    arguments = {"zone": "UTC"}
+    script = {"tokens": [], "tool_calls": [{"name": "clock", "arguments": arguments}]}
+    local.script(**script, capabilities={"qwen2.5:7b": ["completion", "tools"]})
+    done = local.target.openai.responses.create(
+        model="qwen2.5:7b", input="Hi", tools=[CLOCKS[RESPONSES]], stream=stream
+    )
+    (call,) = (list(done)[-1].response if stream else done).output
+    assert call.type == "function_call" and call.call_id and call.name == "clock"
+    assert json.loads(call.arguments) == arguments
+
+
 def test_thinking_that_was_asked_for_reaches_the_client(local: Loopback) -> None:
     local.script(thinking="Let me see.", capabilities={"llama3:latest": ["completion", "thinking"]})
     body = {"model": "llama3:latest", "messages": HI, "reasoning_effort": "low"}
@@ -412,18 +492,32 @@ def test_embeddings_pass(local: Loopback) -> None:
 # -- streams ------------------------------------------------------------------------------------
 
 
-def test_frames_that_come_during_a_post_leave_together_and_whole(local: Loopback) -> None:
+def word(frame: str) -> str:
+    """What a frame says, of a completion or a response."""
+    chunk = json.loads(frame.partition("data: ")[2])
+    if "choices" in chunk:
+        return str(chunk["choices"][0]["delta"].get("content", ""))
+    return str(chunk["delta"]) if chunk["type"] == "response.output_text.delta" else ""
+
+
+@pytest.mark.parametrize(
+    ("path", "form"),
+    [(CHAT, "data: .+"), (RESPONSES, r'event: (\S+)\ndata: .*"type":"\1".*')],
+    ids=TURNS,
+)
+def test_frames_that_come_during_a_post_leave_together_and_whole(
+    local: Loopback, path: str, form: str
+) -> None:
     words = ["Grüße ", "日本 ", "🎈 "] * 60
     local.script(tokens=words, interval_ms=3)
     local.endpoint.platform.round_trip = 0.05
-    text = ""
-    for frame in local.target.sse({"messages": HI})[:-1]:
-        text += json.loads(frame[6:])["choices"][0]["delta"].get("content", "")
-    assert text == "".join(words)
+    frames = local.target.sse({TURNS[path]: HI}, path)
+    assert "".join(word(frame) for frame in frames if frame != "data: [DONE]") == "".join(words)
     (job,) = [job for job in local.endpoint.jobs.values() if job.status == "COMPLETED"][-1:]
     assert 1 < len(job.chunks) < 60
     for _, chunk in job.chunks:
-        assert chunk.startswith("data: ") and chunk.endswith("\n\n")
+        *whole, rest = chunk.split("\n\n")
+        assert all(re.fullmatch(form, frame) for frame in whole) and rest == ""
 
 
 @pytest.mark.parametrize("chat", [True, False])
@@ -448,12 +542,13 @@ def test_the_first_frame_leaves_before_the_last_token_comes(local: Loopback) -> 
 
 @pytest.mark.parametrize("fields", [{"cut_after": 3}, {"drop_after": 3}])
 @pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("path", TURNS)
 def test_a_stream_that_is_cut_fails_the_job_and_never_completes_it(
-    local: Loopback, fields: dict[str, Any], stream: bool
+    local: Loopback, fields: dict[str, Any], stream: bool, path: str
 ) -> None:
     local.script(**fields)
-    body = {"messages": HI, "stream": stream}
-    done = local.target.runsync(openai_route="/v1/chat/completions", openai_input=body)
+    body = {TURNS[path]: HI, "stream": stream}
+    done = local.target.runsync(openai_route=f"/v1/{path}", openai_input=body)
     assert done["status"] == "FAILED"
     assert re.search("broke|unexpected EOF", done["error"])
     local.script()
@@ -469,6 +564,10 @@ JOBS = {
         "openai_input": {**ENDLESS, "stream": True},
     },
     "a completion": {"openai_route": "/v1/chat/completions", "openai_input": ENDLESS},
+    "a response that streams": {
+        "openai_route": "/v1/responses",
+        "openai_input": {"input": "Hi", "max_output_tokens": 100_000, "stream": True},
+    },
     "a chat": {"message": "Hi", "options": {"num_predict": 100_000}},
     "a chat that streams": {"message": "Hi", "stream": True, "options": {"num_predict": 100_000}},
 }
@@ -586,7 +685,7 @@ def test_with_streaming_off_a_completion_still_comes_whole(whole: Loopback) -> N
     assert done.choices[0].message.content
 
 
-@pytest.mark.parametrize("job", [JOBS["an OpenAI stream"], JOBS["a chat that streams"]])
+@pytest.mark.parametrize("job", [job for name, job in JOBS.items() if "stream" in name])
 def test_with_streaming_off_a_stream_is_an_error_that_names_the_setting(
     whole: Loopback, job: dict[str, Any]
 ) -> None:
@@ -618,6 +717,18 @@ def test_the_log_holds_one_line_a_job_and_no_content(local: Loopback) -> None:
     assert log.count("kind=") == 6
     for private in ("zebra", "whispered", "reply", "+1555", "s3cret"):
         assert private not in log
+
+
+def test_the_log_tells_the_tokens_of_a_response_and_nothing_of_it(local: Loopback) -> None:
+    local.script(tokens=["whispered", "reply"])
+    before = len(local.worker.log)
+    body = {"input": "zebra", "instructions": "zebra", "call": CALL}
+    local.target.sse(body, RESPONSES)
+    local.target.post("openai/v1/responses", body)
+    log = local.worker.log[before:]
+    streamed, whole = re.findall(r"kind=openai model=llama3:latest status=success .*", log)
+    assert " tokens=2 first_token_ms=" in streamed and whole.endswith(" tokens=2")
+    assert not re.search("zebra|whispered|reply|s3cret", log)
 
 
 def test_threads_of_ended_jobs_are_gone(local: Loopback) -> None:
