@@ -263,6 +263,15 @@ def test_v1_chat_answers_one_object_with_usage(server: Server, model: str) -> No
     assert usage["prompt_tokens"] + usage["completion_tokens"] == usage["total_tokens"] > 10
 
 
+def test_the_role_developer_vanishes_in_the_template(server: Server, model: str) -> None:
+    def prompt_tokens(*roles: str) -> int:
+        told = [{"role": role, "content": "Answer in rhymes, in Latin."} for role in roles]
+        body = {"model": model, "messages": [*told, *HELLO], "max_tokens": 1}
+        return int(server.post(V1, body).json()["usage"]["prompt_tokens"])
+
+    assert prompt_tokens("developer") == prompt_tokens() != prompt_tokens("system")
+
+
 @pytest.mark.parametrize("asked", [False, True], ids=["plain", "include_usage"])
 def test_v1_chat_streams_events_to_done(server: Server, model: str, asked: bool) -> None:
     body = {"model": model, "messages": STORY, "max_tokens": 4, "stream": True}
