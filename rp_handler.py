@@ -976,27 +976,32 @@ class Server:
     def _load(self, job: Job) -> None:
         """Loads the default model; where it fails, or lies on the CPU, RunPod tries another machine."""
         name = MODELS[0] if ":" in MODELS[0] else f"{MODELS[0]}:latest"
-        has_gpu = shutil.which("nvidia-smi") and subprocess.Popen(  # meanwhile: it can take a second
-            ["nvidia-smi", "-L"], stdout=subprocess.PIPE
-        )
+        gpus = None  # asked for while the model loads: it can take a second
+        if shutil.which("nvidia-smi"):
+            gpus = subprocess.Popen(["nvidia-smi", "-L"], stdout=subprocess.PIPE)
+        gpu, size, on_gpu, trouble = False, 0, 0, ""
         try:
             ask(job, "POST", "/api/generate", {"model": name, "keep_alive": -1})
-            gpu = has_gpu and b"GPU" in has_gpu.communicate(timeout=10)[0]
             loaded = {model["name"]: model for model in ask(job, "GET", "/api/ps").get("models") or []}
             size, on_gpu = (loaded.get(name, {}).get(key, 0) for key in ("size", "size_vram"))
+            gpu = bool(gpus and b"GPU" in gpus.communicate(timeout=10)[0])
             if gpu and size and not on_gpu:  # ten times slower, at a GPU's price
                 look = "look at the machine's driver and at the endpoint's allowed CUDA versions"
-                raise JobError(f"It is computed on the CPU though there is a GPU: {look}.")
-        except (JobError, subprocess.TimeoutExpired) as error:
-            text = f"{name} could not be loaded. {error}"
-            if self.must_load:
-                raise JobError(text) from None
-            log(f"warning: {text}")
-            return
+                trouble = f"{name} is computed on the CPU though there is a GPU: {look}."
+        except JobError as error:
+            trouble = f"{name} could not be loaded. {error}"
+        except subprocess.TimeoutExpired:
+            trouble = "`nvidia-smi -L` hangs: look at the machine's driver."
+        if trouble and self.must_load:
+            raise JobError(trouble)
         share = f"{100 * on_gpu / max(size, 1):.0f} % of it in GPU memory"
-        if gpu and on_gpu < size:
-            log(f"warning: {share}; a smaller MAX_CONCURRENCY or OLLAMA_CONTEXT_LENGTH helps")
-        log(f"ready: {name} after {time.monotonic() - STARTED:.1f} s, {size / 2**30:.1f} GiB, {share}")
+        if gpu and 0 < on_gpu < size:
+            trouble = f"{share}; a smaller MAX_CONCURRENCY or OLLAMA_CONTEXT_LENGTH helps"
+        if trouble:
+            log(f"warning: {trouble}")
+        if size:
+            seconds = time.monotonic() - STARTED
+            log(f"ready: {name} after {seconds:.1f} s, {size / 2**30:.1f} GiB, {share}")
 
     def _fail(self, reason: str) -> None:
         if process := self._process:
@@ -1005,6 +1010,8 @@ class Server:
             self._sweep(process)
         self.failure = reason
         self.failed.set()
+        if self.must_load:  # wakes the main thread, whatever it waits for
+            signal.pthread_kill(threading.main_thread().ident or 0, FAILED)
 
     def _sweep(self, process: subprocess.Popen[bytes]) -> None:
         """Ends the runners that a killed server leaves behind; they hold the GPU's memory."""
@@ -1091,19 +1098,21 @@ class Queue:
         loop = asyncio.get_running_loop()
         for signum in SIGNALS:
             loop.add_signal_handler(signum, self._stop)
+        loop.add_signal_handler(FAILED, self.stopping.set)
+        if server.failed.is_set():
+            self.stopping.set()
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60)
         limit = aiohttp.ClientTimeout(POLL_SECONDS)
         how = {"connector": connector, "headers": sdk().auth_header(), "timeout": limit}
         async with aiohttp.ClientSession(**how) as self.session:
             loops = [asyncio.ensure_future(each) for each in (self._take_jobs(), self._hear_stops())]
-            failed = asyncio.ensure_future(asyncio.to_thread(server.failed.wait))
             stop = asyncio.ensure_future(self.stopping.wait())
-            await asyncio.wait({*loops, failed, stop}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({*loops, stop}, return_when=asyncio.FIRST_COMPLETED)
             await asyncio.sleep(0.1)  # for the open poll to be given up, or its jobs to begin
             log("stopping: no new job is taken, those under way finish")
             while self.tasks:
                 await asyncio.wait(set(self.tasks.values()))
-            if self.stopping.is_set():
+            if stop.done() and not server.failed.is_set():
                 end(0, "stopped by a signal")
             end(1, server.failure or "a loop of the queue has ended")
 
@@ -1271,20 +1280,22 @@ def gathered(pieces: collections.deque[Piece | None]) -> Piece | None:
 # ---- The worker's life -------------------------------------------------------------------------------
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+FAILED = signal.SIGURG  # the server's failure; ignored where nobody handles it
 
 
-def end(code: int, reason: str, grace: float = 5) -> NoReturn:
+def end(code: int, reason: str, grace: float = 5, check: str = "ollama") -> NoReturn:
     """Every ending passes through here, in the main thread: says why, ends what was started, and itself.
 
     `code` 0: done, or asked to by a signal; 1: failed, or not let finish. Ollama has `grace` s to end.
     """
+    signal.signal(FAILED, lambda *_: None)
     for signum in SIGNALS:
         signal.signal(signum, lambda *_: end(1, "a second signal", grace=0))
     log(f"{'error' if code else 'ended'}: {reason}")
     server.stop(grace)
     if code and ON_RUNPOD:  # the platform hears why, as from the SDK's own checks
         with contextlib.suppress(ImportError, AttributeError):
-            sdk().report_unhealthy("ollama", reason)
+            sdk().report_unhealthy(check, reason)
     for child in multiprocessing.active_children():  # the SDK's pings
         child.kill()
     sys.stdout.flush()
@@ -1339,7 +1350,11 @@ def main() -> None:
     if local:
         model_is_loaded()
     else:
-        runpod.serverless.modules.rp_scale.JobScaler = Queue
+        modules = runpod.serverless.modules
+        modules.rp_scale.JobScaler = Queue
+        # A check of the SDK's that fails would end the process past Ollama, and one can hang for ever.
+        modules.rp_fitness._report_unhealthy = lambda check, reason: end(1, reason, check=check)
+        signal.signal(FAILED, lambda *_: end(1, server.failure))
         runpod.serverless.register_fitness_check(checks_beside_the_load)  # before the first job-take
     try:
         runpod.serverless.start({"handler": local_handler})

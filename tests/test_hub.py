@@ -140,13 +140,30 @@ def test_the_worker_answers_what_the_hub_tests(test: dict[str, Any], ollama: Oll
     assert "error" not in answer, answer
 
 
-def test_handler_py_leads_to_the_worker() -> None:
-    handler_py = [sys.executable, str(PROJECT / ".runpod/handler.py"), "--test_input", '{"input": {}}']
-    done = subprocess.run(handler_py, cwd=PROJECT, capture_output=True, text=True, timeout=60)
-    assert "A chat needs" in done.stdout + done.stderr
+def handler_py(*command: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *command], cwd=PROJECT / ".runpod", capture_output=True, text=True, timeout=60
+    )
+    return done.stdout + done.stderr
+
+
+def test_handler_py_runs_the_worker() -> None:
+    assert "A chat needs" in handler_py("handler.py", "--test_input", '{"input": {}}')
+
+
+def test_handler_py_imported_has_a_handler_and_starts_no_worker() -> None:
+    said = handler_py("-c", "import sys, handler; print(handler.handler({}), 'runpod' in sys.modules)")
+    assert "'status': 'error'} False\n" in said, said
 
 
 def test_workflows_use_actions_of_a_certain_release() -> None:
     workflows = [path.read_text() for path in (PROJECT / ".github/workflows").glob("*.yml")]
     actions = re.findall(r"uses: (\S+)", "".join(workflows))
     assert actions and all(re.search(r"@v\d+\.\d+\.\d+$", action) for action in actions)
+
+
+def test_one_release_of_ollama_is_built_in_and_imitated_and_tested_with() -> None:
+    files = ["Dockerfile", "tests/ollama", ".github/workflows/tests.yml"]
+    texts = "".join((PROJECT / file).read_text() for file in files)
+    releases = re.findall(r'(?:ollama/ollama:|^VERSION = ")(\d+\.\d+\.\d+)', texts, re.MULTILINE)
+    assert len(releases) == len(files) and len({*releases}) == 1
