@@ -70,18 +70,19 @@ def test_a_chunk_and_a_result_that_meet_a_fault_are_posted_again_in_order(
 
 
 @pytest.mark.parametrize(
-    ("refusals", "why"),
-    [([404], "404"), ([503] * 100, "503")],
+    ("refusals", "why", "seconds"),
+    [([404], "404", 0), ([503] * 100, "503", 24)],
     ids=["at once", "in the end"],
 )
 def test_a_stream_whose_chunk_cannot_be_delivered_stops_and_fails(
-    worked: Worked, refusals: list[int], why: str
+    worked: Worked, refusals: list[int], why: str, seconds: float
 ) -> None:
     worked.control("script", repeat=-1, interval_ms=5)
     worked.endpoint.faults("job-stream", [None, *refusals])
     endless = {**STREAM, "openai_input": {**STREAM["openai_input"], "max_tokens": 100_000}}  # type: ignore[dict-item]
     job = worked.endpoint.wait(worked.endpoint.run(endless), 60)
     assert job.status == "FAILED" and f"did not take what came of the job ({why})" in job.error
+    assert job.taken and job.done and job.done - job.taken >= seconds, "given up too early"
     eventually(lambda: worked.generations()[-1]["state"] == "closed")
 
 
@@ -120,6 +121,28 @@ def test_a_cancel_at_any_moment_gives_the_place_back() -> None:
         eventually(lambda: not {seen["state"] for seen in worked.generations()} & {"running", "queued"})
         worked.worker.terminate()
         assert worked.ends(5) == 0
+
+
+def test_a_stop_that_comes_before_its_job_is_kept_for_it(worked: Worked) -> None:
+    stopped, other = f"stopped-{time.time()}", f"other-{time.time()}"
+    pod, calls = worked.worker.pod, worked.endpoint.calls["job-stop"]
+    worked.endpoint.in_loop(pod.stops.append, stopped)
+    worked.endpoint.in_loop(pod.bell.ring)
+    eventually(lambda: not pod.stops)
+    told = len(calls)
+    eventually(lambda: len(calls) > told)  # it polls again once it has read the answer
+    worked.endpoint.offer([{"id": job, "input": {"message": "Hi"}} for job in (stopped, other)])
+    assert worked.endpoint.wait(other).status == "COMPLETED"
+    assert worked.endpoint.jobs[stopped].taken and not worked.endpoint.jobs[stopped].posts
+
+
+def test_a_job_that_is_handed_over_twice_runs_once(worked: Worked) -> None:
+    worked.control("script", repeat=100, interval_ms=20)
+    job = worked.endpoint.run({"message": "Hi"})
+    worked.running()
+    worked.endpoint.requeue(job)
+    done = worked.endpoint.wait(job)
+    assert (done.status, done.answers, len(worked.generations())) == ("COMPLETED", 1, 1)
 
 
 # -- servers that hang, die and do not come back ------------------------------------------------
@@ -266,7 +289,7 @@ def test_another_program_on_the_port_is_named(other: Callable[[], Any], store: s
     env = {**os.environ, "OLLAMA_HOST": host, "OLLAMA_MODELS": store}
     done = subprocess.run(
         [*WORKER, "--test_input", '{"input": {"message": "Hi"}}'],
-        env=env, capture_output=True, text=True, timeout=30,
+        env=env, capture_output=True, text=True, timeout=20,
     )  # fmt: skip
     taken.close()
     assert done.returncode == 1
@@ -390,8 +413,8 @@ def test_a_death_of_the_server_leaves_no_zombie_where_the_worker_is_the_first_pr
         with endpoint.worker(env=env, args=[script], script="-c") as worker:
             worker.wait_ready()
             worked = Worked(endpoint, worker, host)
-            for _ in range(2):
+            for restarts in (1, 2):
                 worked.kill_server()
-                eventually(lambda: worked.state().get("loaded"))
+                eventually(lambda: worker.log.count("ready:") == 1 + restarts)  # noqa: B023
             children = psutil.Process(worker.pid).children(recursive=True)
             eventually(lambda: all(child.status() != psutil.STATUS_ZOMBIE for child in children))
