@@ -1129,11 +1129,14 @@ class Queue:
                 self._begin(event)
 
     async def _take(self) -> Any:
-        """A long poll for as many jobs as there are places; given up once there are none."""
+        """A long poll for as many jobs as there are places.
+
+        Given up at the worker's end only: the jobs that are on their way to it are then lost.
+        """
         while not self._places():
             await asyncio.sleep(0.02)
         poll = asyncio.ensure_future(sdk().get_jobs(self.session, self._places()))
-        while not poll.done() and self._places():
+        while not poll.done() and not self.stopping.is_set():
             await asyncio.wait({poll}, timeout=0.05)
         return poll.result() if poll.done() else poll.cancel() and None
 
@@ -1166,6 +1169,9 @@ class Queue:
 
     async def _run(self, job: Job) -> None:
         """Delivers what comes of a job, in order, and its result last."""
+        while not (server.up.is_set() or server.failed.is_set()):  # a poll was open as the server died
+            await asyncio.sleep(0.02)
+        job.started = time.monotonic()
         pieces: list[Piece] = []
         result: dict[str, Any] = {}
         async for piece in bridge(job):
@@ -1182,8 +1188,6 @@ class Queue:
                     result = {"error": str(error)}
                     break
         job.stop()
-        if not server.up.is_set():  # whoever hears of it asks again, and the open poll would take that
-            await asyncio.sleep(0.1)
         url = f"{sdk().done_url}&isStream={str(STREAMING).lower()}"
         try:
             await self._deliver(job, url, result)

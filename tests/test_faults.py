@@ -155,7 +155,7 @@ def test_a_server_that_hangs_is_killed_and_started_again() -> None:
         done = worked.endpoint.runsync({"message": "Hi"})
         assert done["status"] == "FAILED" and "REQUEST_TIMEOUT=1.5" in done["error"]
         waiting = worked.endpoint.run({"message": "Hi"})
-        assert worked.endpoint.wait(waiting, 60).status == "COMPLETED", "a job was taken too early"
+        assert worked.endpoint.wait(waiting, 60).status == "COMPLETED", "its time ran out before the server was back"
         assert worked.state()["pid"] != server
         assert "hangs and is killed" in worked.worker.log
 
@@ -168,7 +168,7 @@ def test_a_model_that_hangs_under_a_living_server_is_found_out(job: dict[str, An
         assert worked.endpoint.wait(worked.endpoint.run(job)).status == "FAILED"
         waiting = worked.endpoint.run({"message": "Hi"})
         eventually(lambda: worked.state().get("pid", server) != server, 40)
-        assert worked.endpoint.wait(waiting, 60).status == "COMPLETED", "a job was taken too early"
+        assert worked.endpoint.wait(waiting, 60).status == "COMPLETED", "its time ran out before the server was back"
 
 
 def test_a_server_that_is_only_slow_is_never_ended() -> None:
