@@ -5,6 +5,7 @@ test_storm.py has them all at once.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.server
 import json
@@ -25,7 +26,7 @@ import psutil
 import pytest
 import requests
 from conftest import TESTS, WORKER, eventually, free_port
-from endpoint import HANDLER, Endpoint, Job
+from endpoint import HANDLER, Endpoint, Job, Platform
 from test_life import ENDLESS, MODEL, STREAM, Worked, working
 
 import rp_handler
@@ -155,7 +156,9 @@ def test_a_server_that_hangs_is_killed_and_started_again() -> None:
         done = worked.endpoint.runsync({"message": "Hi"})
         assert done["status"] == "FAILED" and "REQUEST_TIMEOUT=1.5" in done["error"]
         waiting = worked.endpoint.run({"message": "Hi"})
-        assert worked.endpoint.wait(waiting, 60).status == "COMPLETED", "its time ran out before the server was back"
+        assert worked.endpoint.wait(waiting, 60).status == "COMPLETED", (
+            "its time ran out before the server was back"
+        )
         assert worked.state()["pid"] != server
         assert "hangs and is killed" in worked.worker.log
 
@@ -168,7 +171,9 @@ def test_a_model_that_hangs_under_a_living_server_is_found_out(job: dict[str, An
         assert worked.endpoint.wait(worked.endpoint.run(job)).status == "FAILED"
         waiting = worked.endpoint.run({"message": "Hi"})
         eventually(lambda: worked.state().get("pid", server) != server, 40)
-        assert worked.endpoint.wait(waiting, 60).status == "COMPLETED", "its time ran out before the server was back"
+        assert worked.endpoint.wait(waiting, 60).status == "COMPLETED", (
+            "its time ran out before the server was back"
+        )
 
 
 def test_a_server_that_is_only_slow_is_never_ended() -> None:
@@ -182,6 +187,22 @@ def test_a_server_that_is_only_slow_is_never_ended() -> None:
         worked.control("script", times=0)
         assert worked.endpoint.runsync({"message": "Hi"}, timeout=60)["status"] == "COMPLETED"
         assert worked.state()["pid"] == server
+
+
+def test_a_job_on_its_way_as_the_server_dies_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    take = Platform.job_take
+
+    async def far_away(*args: Any) -> Any:
+        answer = await take(*args)
+        await asyncio.sleep(0.3)
+        return answer
+
+    monkeypatch.setattr(Platform, "job_take", far_away)
+    with working() as worked:
+        job = worked.endpoint.run({"message": "Hi"})
+        eventually(lambda: worked.endpoint.jobs[job].taken)
+        worked.kill_server()
+        assert worked.endpoint.wait(job).status == "COMPLETED"
 
 
 @contextlib.contextmanager
@@ -202,13 +223,13 @@ def failing_later(folder: Path, how: str, **environment: Any) -> Iterator[Worked
             "{ echo 'Error: no space left on device'; exit 1; }",
             "before it answered: Error: no space left",
         ),
-        ("exec sleep 600", "STARTUP_TIMEOUT=3 s"),
+        ("exec sleep 600", "STARTUP_TIMEOUT=8 s"),
     ],
 )
 def test_a_restart_that_fails_or_hangs_ends_the_worker_with_the_reason(
     tmp_path: Path, how: str, words: str
 ) -> None:
-    with failing_later(tmp_path, how, STARTUP_TIMEOUT="3") as worked:
+    with failing_later(tmp_path, how, STARTUP_TIMEOUT="8") as worked:
         os.kill(worked.state()["pid"], signal.SIGKILL)
         eventually(lambda: "ended with -9" in worked.worker.log)
         late = worked.endpoint.run({"message": "Hi"})
