@@ -98,7 +98,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 # Calls of one assistant share a system prompt, so at 0.1, llama.cpp's default, their turns wipe out each
 # other's history in one slot. At 0 it waits in memory instead: up to so many MiB for each loaded model.
-ENV SLOT_PROMPT_SIMILARITY=0 \
+ENV SLOT_PROMPT_SIMILARITY=0.95 \
     LLAMA_ARG_CACHE_RAM=4096
 LABEL org.opencontainers.image.title="Ollama worker for RunPod serverless" \
       org.opencontainers.image.description="Answers chat jobs, OpenAI calls and VAPI webhooks with Ollama's models"

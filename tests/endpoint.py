@@ -31,7 +31,7 @@ A call that met a fault has done nothing: no job is taken, no stop told, no post
 What no source says of the real platform, and is decided here:
 - openai/*: a job that fails before its first byte gives HTTP 500 with an OpenAI error object (which
   the OpenAI client tries again twice); after that the connection is cut, without `[DONE]`.
-- openai/*: a client that hangs up before `[DONE]` cancels its job; clients hang up right after it,
+- openai/*: a client that hangs up before a stream's end cancels its job; clients hang up right after,
   often before the worker's job-done. Hanging up on runsync cancels nothing.
 - A post that is not strict JSON (NaN) is refused with 400, one above its channel's limit with 413;
   its job goes on waiting.
@@ -76,6 +76,7 @@ STREAM_WAIT_S = 1.0
 # The docs: a yield's payload is at most 1 MB, /runsync's 20 MB. The SDK counts a MB as 1,000,000
 # bytes (rp_tips), which is also the stricter reading: what passes here passes with 2**20.
 POST_LIMIT = {"job-stream": 1_000_000, "job-done": 20_000_000}
+ENDS = ["data: [DONE]", "event: response.completed"]
 CHANNELS = ["job-take", "job-stop", "job-stream", "job-done", "ping"]  # job-take: its batch as well
 FAULTS: list[str | int] = ["reset", "stall", "html", 408, 425, 429, 500, 502, 503]
 
@@ -176,6 +177,7 @@ class Platform:
 
     def __init__(self, api_key: str | None, round_trip: float, poll: float):
         self.api_key, self.round_trip, self.poll = api_key, round_trip, poll
+        self.way = 0.0  # seconds that jobs are on their way to the worker; lost where it hangs up
         self.jobs: dict[str, Job] = {}
         self.queue: deque[Job] = deque()
         self.queued = Bell()
@@ -334,7 +336,7 @@ class Platform:
         try:
             return await (self.openai_sse if streaming else self.openai_json)(request, job)
         except (asyncio.CancelledError, ConnectionError):  # the client hung up
-            if not (job.chunks and "data: [DONE]" in str(job.chunks[-1][1])):
+            if not (job.chunks and any(end in str(job.chunks[-1][1]) for end in ENDS)):
                 self.stop(job, "CANCELLED")
             raise
 
@@ -426,10 +428,10 @@ class Platform:
         gone = pod.leaving or request.transport is None or request.transport.is_closing()
         if gone or not self.queue:
             return web.Response(status=204)
-        if "/job-take-batch/" not in request.path:
-            return web.json_response(self.take(name))
-        size = min(int(request.query["batch_size"]), len(self.queue))
-        return web.json_response([self.take(name) for _ in range(size)])
+        size = min(int(request.query.get("batch_size", 1)), len(self.queue))
+        taken = [self.take(name) for _ in range(size)]
+        await asyncio.sleep(self.way)
+        return web.json_response(taken if "/job-take-batch/" in request.path else taken[0])
 
     async def job_stop(self, request: web.Request) -> web.Response:
         pod = self.pod(request)

@@ -5,7 +5,6 @@ test_storm.py has them all at once.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import http.server
 import json
@@ -26,7 +25,7 @@ import psutil
 import pytest
 import requests
 from conftest import TESTS, WORKER, eventually, free_port
-from endpoint import HANDLER, Endpoint, Job, Platform
+from endpoint import HANDLER, Endpoint, Job
 from test_life import ENDLESS, MODEL, STREAM, Worked, working
 
 import rp_handler
@@ -189,16 +188,9 @@ def test_a_server_that_is_only_slow_is_never_ended() -> None:
         assert worked.state()["pid"] == server
 
 
-def test_a_job_on_its_way_as_the_server_dies_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    take = Platform.job_take
-
-    async def far_away(*args: Any) -> Any:
-        answer = await take(*args)
-        await asyncio.sleep(0.3)
-        return answer
-
-    monkeypatch.setattr(Platform, "job_take", far_away)
+def test_a_job_on_its_way_as_the_server_dies_is_not_lost() -> None:
     with working() as worked:
+        worked.endpoint.platform.way = 0.5
         job = worked.endpoint.run({"message": "Hi"})
         eventually(lambda: worked.endpoint.jobs[job].taken)
         worked.kill_server()

@@ -6,6 +6,7 @@ A run prints its seed; STORM_SEED repeats its choices, though not what the machi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -154,10 +155,6 @@ def rain(worked: Worked, dice: random.Random) -> list[Asked]:
 # ---- The server's faults: each is over when its function returns ----
 
 
-def kill(worked: Worked) -> None:
-    worked.kill_server()
-
-
 def freeze(worked: Worked) -> None:
     server = worked.state()["pid"]
     os.kill(server, signal.SIGSTOP)
@@ -193,7 +190,8 @@ def up(worked: Worked) -> bool:
 
 def strike(worked: Worked, dice: random.Random) -> None:
     """Fewer deaths than end the worker: two, and the one of a frozen server."""
-    for fault in dice.sample([kill, kill, freeze, freeze_for_a_moment, lag, kill_runners], 6):
+    faults = [Worked.kill_server] * 2 + [freeze, freeze_for_a_moment, lag, kill_runners]
+    for fault in dice.sample(faults, len(faults)):
         time.sleep(dice.uniform(0.2, 1))
         fault(worked)
         eventually(lambda: up(worked), 30, worked.worker)
@@ -219,7 +217,8 @@ def test_a_storm_of_everything_loses_no_job_no_word_and_no_place() -> None:
     seed = os.environ.get("STORM_SEED") or str(random.randrange(10**6))
     print(f"STORM_SEED={seed}")
     jobs, faults = random.Random(f"{seed} jobs"), random.Random(f"{seed} faults")
-    with working(STEADY, REQUEST_TIMEOUT="2") as worked:
+    with working(STEADY, REQUEST_TIMEOUT="2") as worked, contextlib.ExitStack() as told:
+        told.callback(lambda: print(worked.worker.log))
         endpoint, log = worked.endpoint, lambda: worked.worker.log
         memory = psutil.Process(worked.worker.pid).memory_info
         for _ in range(3):
@@ -229,6 +228,7 @@ def test_a_storm_of_everything_loses_no_job_no_word_and_no_place() -> None:
 
         endpoint.storm(faults.randrange(10**6), POSTS, stall=7)
         endpoint.storm(faults.randrange(10**6), POLLS, stall=1)
+        endpoint.platform.way = 0.1
         with ThreadPoolExecutor(1) as pool:
             struck = pool.submit(strike, worked, faults)
             asked = rain(worked, jobs)

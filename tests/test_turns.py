@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pytest
 import requests
 from conftest import PROJECT, TESTS, Ollama, serving
 
@@ -70,6 +71,7 @@ SECRETS = """
 """.split()
 
 
+@pytest.mark.timeout(300)  # 40 s on a machine that has nothing else to do
 def test_nobody_hears_another_caller(store: str, tmp_path: Path) -> None:
     """Four slots, and more callers than slots: a history that comes back comes out of the cache."""
     dice, prompt_tokens = random.Random(1), 0
