@@ -16,5 +16,5 @@ fi
 ruff check .
 ruff format --check .
 mypy
-# Most tests wait for something: three files at a time, each in its own process.
-exec python -m pytest -n 3 --dist loadfile "$@"
+# Most tests wait for something: two files at a time, each in its own process.
+exec python -m pytest -n 2 --dist loadfile "$@"
