@@ -97,7 +97,8 @@ ENV PATH=/opt/venv/bin:$PATH \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 # Calls of one assistant share a system prompt, so at 0.1, llama.cpp's default, their turns wipe out each
-# other's history in one slot. At 0 it waits in memory instead: up to so many MiB for each loaded model.
+# other's history in one slot. Where less of a turn's prompt than this lies in any slot, its history comes
+# out of a cache in memory instead: up to so many MiB for each loaded model.
 ENV SLOT_PROMPT_SIMILARITY=0.95 \
     LLAMA_ARG_CACHE_RAM=4096
 LABEL org.opencontainers.image.title="Ollama worker for RunPod serverless" \

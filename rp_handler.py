@@ -609,16 +609,22 @@ def tool_result(name: str, arguments: Any, job: Job) -> dict[str, str]:
         return {"error": one_line(f"There is no tool {shown(name)}; there is {', '.join(TOOLS)}.")}
     speaking_for.set(job)
     try:
-        if isinstance(arguments, str):  # VAPI sends an object, or JSON text
-            arguments = json.loads(arguments.strip() or "{}")
-        if not isinstance(arguments or {}, dict):
-            raise ValueError("its arguments must be a JSON object")
-        result = TOOLS[name](**(arguments or {}))
+        result = TOOLS[name](**as_object(arguments))
         return {"result": one_line(result if isinstance(result, str) else json.dumps(result))}
-    except json.JSONDecodeError:
-        return {"error": f"{name} failed: its arguments are not JSON."}
     except Exception as error:
         return {"error": one_line(f"{name} failed: {error}")}
+
+
+def as_object(arguments: Any) -> dict[str, Any]:
+    """VAPI sends an object, or JSON text."""
+    if isinstance(arguments, str) and arguments.strip():
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            raise JobError("its arguments are not JSON.") from None
+    if arguments and not isinstance(arguments, dict):
+        raise JobError("its arguments must be a JSON object.")
+    return arguments or {}
 
 
 def function_call(message: dict[str, Any], job: Job) -> dict[str, Any]:
@@ -1359,6 +1365,8 @@ def main() -> None:
         # A check of the SDK's that fails would end the process past Ollama, and one can hang for ever.
         modules.rp_fitness._report_unhealthy = lambda check, reason: end(1, reason, check=check)
         signal.signal(FAILED, lambda *_: end(1, server.failure))
+        if server.failed.is_set():  # before somebody handled it
+            end(1, server.failure)
         runpod.serverless.register_fitness_check(checks_beside_the_load)  # before the first job-take
     try:
         runpod.serverless.start({"handler": local_handler})

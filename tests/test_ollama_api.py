@@ -669,6 +669,23 @@ def test_pull_links_one_blob_under_every_name(tmp_path: Path) -> None:
 
 
 @stand_in_only
+def test_what_it_pulls_goes_into_the_projects_folder_and_not_into_the_home(tmp_path: Path) -> None:
+    home, program = tmp_path / "home", tmp_path / "project/tests/ollama"
+    program.parent.mkdir(parents=True)
+    home.mkdir()
+    program.write_bytes(OLLAMA.read_bytes())
+    env = {name: value for name, value in os.environ.items() if name != "OLLAMA_MODELS"}
+    env |= {"HOME": str(home), "OLLAMA_HOST": f"127.0.0.1:{free_port()}"}
+    with subprocess.Popen([sys.executable, program, "serve"], env=env, stderr=subprocess.PIPE) as server:
+        try:
+            assert server.stderr and any(b"Listening" in line for line in server.stderr)
+            subprocess.run([sys.executable, program, "pull", "llama3"], env=env, check=True)
+        finally:
+            server.terminate()
+    assert list((tmp_path / "project/.models/manifests").rglob("latest")) and not list(home.iterdir())
+
+
+@stand_in_only
 def test_pull_of_a_missing_model_fails(scripted: Server) -> None:
     pulled = scripted.ollama("pull", "nope:missing")
     assert pulled.returncode == 1

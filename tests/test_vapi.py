@@ -179,6 +179,7 @@ def tools(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     own: dict[str, Callable[..., Any]] = {
         "echo": lambda text: f"said {text}",
         "fail": fail,
+        "look_up": lambda: json.loads("<html>"),
         "stuck": lambda: ended[0].wait(10),
         "after_the_next": after_the_next,
         "table": lambda: {"a": [1]},
@@ -216,6 +217,7 @@ def test_arguments_are_read_in_every_form(call: dict[str, Any]) -> None:
         (called("echo", {"wrong": 1}), "echo failed: .*unexpected keyword argument 'wrong'"),
         (called("echo", None), "echo failed: .*missing"),
         (called("fail", {}), "fail failed: the line is dead"),
+        (called("look_up", {}), "look_up failed: Expecting value: line 1"),
         ({"id": "tc-1"}, "There is no tool ''"),
         ({"id": "tc-1", "function": "echo"}, "There is no tool ''"),
         (called(["x"], {}), "There is no tool ''"),  # type: ignore[arg-type]
@@ -269,7 +271,7 @@ def test_a_failing_model_is_an_error_of_the_call(ollama: Ollama) -> None:
     assert result["error"] == "ask_model failed: Ollama (400): no such luck"
 
 
-NO_TOOL = "There is no tool ''; there is ask_model, echo, fail, stuck, after_the_next, table."
+NO_TOOL = "There is no tool ''; there is ask_model, echo, fail, look_up, stuck, after_the_next, table."
 
 
 @pytest.mark.usefixtures("tools")
