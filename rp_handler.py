@@ -210,25 +210,26 @@ def handler(event: dict[str, Any]) -> dict[str, Any]:
 
 def answer(job: Job) -> Iterator[Piece]:
     """The core of every mode: yields a job's pieces; here alone an error becomes the answer."""
-    status = "error"
+    status, text = "error", ""
     with job:
         try:
             yield from dispatch(job)
             status = "success"
         except JobError as error:
-            status = "stopped" if job.stopped else status
-            yield failure(str(error))
+            status, text = "stopped" if job.stopped else "error", str(error)
         except RecursionError:
-            yield failure("The input is nested too deeply; send it flatter.")
+            text = "The input is nested too deeply; send it flatter."
         except Exception as error:
             # A defect. Its text may hold a caller's words, so the log names only its place.
             trace = traceback.walk_tb(error.__traceback__)
             *_, line = (line for frame, line in trace if frame.f_globals is globals())
             where = f"{type(error).__name__} in line {line}"
             log(f"defect: {where}", job)
-            yield failure(f"The worker failed on this job ({where}); please report it.")
+            text = f"The worker failed on this job ({where}); please report it."
         finally:
             log_job(job, status)
+    if text:
+        yield postable({"error": one_line(text)[:2000], "status": "error"})
 
 
 def dispatch(job: Job) -> Iterator[Piece]:
@@ -241,10 +242,6 @@ def dispatch(job: Job) -> Iterator[Piece]:
         raise JobError(f'Unknown type {shown(kind)}; "type" can be "chat" or "vapi_webhook".')
     job.kind = kind
     return kinds[kind](job_input, job)
-
-
-def failure(text: str) -> dict[str, Any]:
-    return postable({"error": one_line(text)[:2000], "status": "error"})
 
 
 def one_line(text: str) -> str:
@@ -295,7 +292,7 @@ def chat(job_input: dict[str, Any], job: Job) -> Iterator[Piece]:
     """
     body = chat_body(job_input)
     body["stream"] = streams(job_input, job)
-    return tried(job, chat_pieces if body["stream"] else chat_whole, body)
+    return tried(job, chat_pieces, body)
 
 
 def chat_body(job_input: dict[str, Any]) -> dict[str, Any]:
@@ -342,40 +339,36 @@ def with_system_role(turn: dict[str, Any]) -> dict[str, Any]:
     return {**turn, "role": "system"} if turn.get("role") == "developer" else turn
 
 
-def chat_whole(job: Job, body: dict[str, Any]) -> Iterator[Piece]:
-    whole = ask(job, "POST", "/api/chat", body)
-    if not whole.get("done"):
-        raise JobError(BROKEN_OFF, cure="new runner")
-    yield chat_answer(whole, whole.get("message") or {}, job)
-
-
 def chat_pieces(job: Job, body: dict[str, Any]) -> Iterator[Piece]:
+    """The pieces of Ollama's answer; a plain one is a stream of one chunk."""
     thinking = ""
     calls: list[Any] = []
     for line in exchange(job, "POST", "/api/chat", body):
         chunk = parsed(line)
         message = chunk.get("message") or {}
+        text = message.get("content") or ""
         thinking += message.get("thinking") or ""
         calls += message.get("tool_calls") or []
         if chunk.get("done"):
-            yield chat_answer(chunk, {"thinking": thinking, "tool_calls": calls}, job)
+            said = {"thinking": thinking, "tool_calls": calls}
+            answer = {} if body["stream"] else {"response": text}
+            yield chat_answer(chunk, answer | {name: said[name] for name in said if said[name]}, job)
             return
         job.token(body["model"])
-        if text := message.get("content"):
+        if text:
             yield {"response": text}
     raise JobError(BROKEN_OFF, cure="new runner")
 
 
-def chat_answer(last: dict[str, Any], message: dict[str, Any], job: Job) -> dict[str, Any]:
-    """The answer, or a stream's last piece, from Ollama's counts of tokens and of ns."""
+def chat_answer(last: dict[str, Any], said: dict[str, Any], job: Job) -> dict[str, Any]:
+    """The answer, or a stream's last piece, with Ollama's counts of tokens and of ns."""
     prompt, completion = last.get("prompt_eval_count", 0), last.get("eval_count", 0)
     times = {"load_s": "load", "prompt_s": "prompt_eval", "generate_s": "eval", "total_s": "total"}
     job.model, job.tokens = last["model"], completion
     return {
         "status": "success",
-        **({"response": message["content"]} if "content" in message else {}),
+        **said,
         "model": last["model"],
-        **{field: message[field] for field in ("thinking", "tool_calls") if message.get(field)},
         "usage": {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
@@ -583,24 +576,28 @@ speaking_for: contextvars.ContextVar[Job] = contextvars.ContextVar("speaking_for
 def tool_calls(message: dict[str, Any], job: Job) -> dict[str, Any]:
     """Runs the calls of one message; {"results": […]} in the order of the calls."""
     listed = message.get("toolCallList")
-    calls = [call for call in listed if isinstance(call, dict)] if isinstance(listed, list) else []
+    calls = (
+        [called(call) for call in listed if isinstance(call, dict)] if isinstance(listed, list) else []
+    )
     pool = ThreadPoolExecutor(32)
-    running = [pool.submit(tool_result, *called(call), job) for call in calls]
+    running = [pool.submit(tool_result, name, arguments, job) for _, name, arguments in calls]
     seconds = min(TOOL_SECONDS, job.left())
     wait(running, seconds)
     late = {"error": f"The tool took longer than {seconds:.3g} s."}
-    results = [each.result() if each.done() else late for each in running]
+    results = [
+        {"toolCallId": call_id, "name": name, **(each.result() if each.done() else late)}
+        for (call_id, name, _), each in zip(calls, running, strict=True)
+    ]
     pool.shutdown(wait=False, cancel_futures=True)  # a model that still speaks ends with the job
-    heads = [{"toolCallId": call.get("id", ""), "name": called(call)[0]} for call in calls]
-    return {"results": [{**head, **result} for head, result in zip(heads, results, strict=True)]}
+    return {"results": results}
 
 
-def called(call: dict[str, Any]) -> tuple[str, Any]:
-    """A call's name and arguments, which VAPI sends inside `function` or flat."""
+def called(call: dict[str, Any]) -> tuple[Any, str, Any]:
+    """A call's id, name and arguments; VAPI sends the latter two inside `function` or flat."""
     function = call.get("function")
     function = function if isinstance(function, dict) else call
-    name = function.get("name")
-    return name if isinstance(name, str) else "", function.get("arguments", function.get("parameters"))
+    name, arguments = function.get("name"), function.get("arguments", function.get("parameters"))
+    return call.get("id", ""), name if isinstance(name, str) else "", arguments
 
 
 def tool_result(name: str, arguments: Any, job: Job) -> dict[str, str]:
@@ -609,22 +606,15 @@ def tool_result(name: str, arguments: Any, job: Job) -> dict[str, str]:
         return {"error": one_line(f"There is no tool {shown(name)}; there is {', '.join(TOOLS)}.")}
     speaking_for.set(job)
     try:
-        result = TOOLS[name](**as_object(arguments))
+        if isinstance(arguments, str):  # VAPI sends an object, or JSON text
+            with contextlib.suppress(ValueError):
+                arguments = json.loads(arguments)
+        if arguments and not isinstance(arguments, dict):
+            raise JobError("its arguments must be a JSON object.")
+        result = TOOLS[name](**(arguments or {}))
         return {"result": one_line(result if isinstance(result, str) else json.dumps(result))}
     except Exception as error:
         return {"error": one_line(f"{name} failed: {error}")}
-
-
-def as_object(arguments: Any) -> dict[str, Any]:
-    """VAPI sends an object, or JSON text."""
-    if isinstance(arguments, str) and arguments.strip():
-        try:
-            arguments = json.loads(arguments)
-        except ValueError:
-            raise JobError("its arguments are not JSON.") from None
-    if arguments and not isinstance(arguments, dict):
-        raise JobError("its arguments must be a JSON object.")
-    return arguments or {}
 
 
 def function_call(message: dict[str, Any], job: Job) -> dict[str, Any]:
@@ -728,23 +718,19 @@ def tried(
 
 def ask(job: Job, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
     """A question to Ollama that is answered with one JSON object."""
-    with answered(job, method, path, body) as response:
-        return parsed(response.content)
+    (content,) = exchange(job, method, path, body)
+    return parsed(content)
 
 
-def exchange(job: Job, method: str, path: str, body: dict[str, Any]) -> Iterator[bytes]:
-    """The lines of Ollama's answer as they come."""
-    with answered(job, method, path, body) as response:
-        yield from filter(None, response.iter_lines(chunk_size=None))
+def exchange(job: Job, method: str, path: str, body: dict[str, Any] | None) -> Iterator[bytes]:
+    """Ollama's answer 200: its lines as they come where `body` asks for a stream, else all of it.
 
-
-@contextlib.contextmanager
-def answered(job: Job, method: str, path: str, body: Any) -> Iterator[requests.Response]:
-    """Ollama's answer 200, to be read; any other, and a connection that breaks, is a JobError."""
+    Any other answer, and a connection that breaks, is a JobError.
+    """
     from urllib3.exceptions import HTTPError
 
     try:
-        data = None if body is None else json.dumps(body, allow_nan=False).encode()
+        data = body and json.dumps(body, allow_nan=False).encode()
     except (TypeError, ValueError):
         raise JobError("The input holds what JSON cannot: NaN, infinity, or bytes.") from None
     headers = {"Content-Type": "application/json"}
@@ -756,7 +742,10 @@ def answered(job: Job, method: str, path: str, body: Any) -> Iterator[requests.R
             response = http.request(method, url, data=data, headers=headers, **how)
             if response.status_code != 200:
                 refuse(response, job)
-            yield response
+            if body and body.get("stream"):
+                yield from filter(None, response.iter_lines(chunk_size=None))
+            else:
+                yield response.content
     except (OSError, HTTPError) as error:  # what requests raises is an OSError
         job.left()  # a stop or the limit breaks the connection too: that is then the reason
         text = f"The connection to Ollama broke ({type(error).__name__}); try again."

@@ -211,7 +211,7 @@ def test_arguments_are_read_in_every_form(call: dict[str, Any]) -> None:
     ("call", "error"),
     [
         (called("nope", {}), "There is no tool 'nope'; there is ask_model, echo"),
-        (called("echo", "{not json"), "echo failed: its arguments are not JSON"),
+        (called("echo", "{not json"), "echo failed: its arguments must be a JSON object"),
         (called("echo", [1]), "echo failed: its arguments must be a JSON object"),
         (called("echo", '"text"'), "echo failed: its arguments must be a JSON object"),
         (called("echo", {"wrong": 1}), "echo failed: .*unexpected keyword argument 'wrong'"),
