@@ -835,8 +835,7 @@ class Server:
     def start(self) -> None:
         """Begins to find or start the server, in a thread; once, or anew after a failure."""
         with self._lock:
-            final = self.stopped or (self.must_load and self.failed.is_set())
-            if not (final or self.up.is_set() or (self._keeper and self._keeper.is_alive())):
+            if not (self.stopped or self.up.is_set() or (self._keeper and self._keeper.is_alive())):
                 self.failed.clear()
                 self._keeper = threading.Thread(target=self._keep, daemon=True)
                 self._keeper.start()
@@ -861,8 +860,7 @@ class Server:
         with self._lock:
             if self._process and self.up.is_set():
                 self.up.clear()
-                about = (self._process, model)
-                threading.Thread(target=self._question, args=about, daemon=True).start()
+                threading.Thread(target=self._question, args=(self._process, model), daemon=True).start()
 
     def _question(self, process: subprocess.Popen[bytes], model: str) -> None:
         """Ends a server that says no version, or whose model says no token: it hangs, and is not slow.
@@ -941,7 +939,7 @@ class Server:
             if process:
                 # Read, so that it never blocks, and kept nowhere: it may one day hold a caller's words.
                 threading.Thread(target=collections.deque, args=(process.stdout, 0), daemon=True).start()
-            if process or self.must_load:
+            if self.must_load:  # a laptop's Ollama loads what a job asks for
                 self._load(job)
             return process
 
@@ -974,29 +972,23 @@ class Server:
         gpus = None  # asked for while the model loads: it can take a second
         if shutil.which("nvidia-smi"):
             gpus = subprocess.Popen(["nvidia-smi", "-L"], stdout=subprocess.PIPE)
-        gpu, size, on_gpu, trouble = False, 0, 0, ""
         try:
             ask(job, "POST", "/api/generate", {"model": name, "keep_alive": -1})
             loaded = {model["name"]: model for model in ask(job, "GET", "/api/ps").get("models") or []}
-            size, on_gpu = (loaded.get(name, {}).get(key, 0) for key in ("size", "size_vram"))
-            gpu = bool(gpus and b"GPU" in gpus.communicate(timeout=10)[0])
-            if gpu and size and not on_gpu:  # ten times slower, at a GPU's price
-                look = "look at the machine's driver and at the endpoint's allowed CUDA versions"
-                trouble = f"{name} is computed on the CPU though there is a GPU: {look}."
+            gpu = gpus and b"GPU" in gpus.communicate(timeout=10)[0]
         except JobError as error:
-            trouble = f"{name} could not be loaded. {error}"
+            raise JobError(f"{name} could not be loaded. {error}") from None
         except subprocess.TimeoutExpired:
-            trouble = "`nvidia-smi -L` hangs: look at the machine's driver."
-        if trouble and self.must_load:
-            raise JobError(trouble)
+            raise JobError("`nvidia-smi -L` hangs: look at the machine's driver.") from None
+        size, on_gpu = (loaded.get(name, {}).get(key, 0) for key in ("size", "size_vram"))
+        if gpu and size and not on_gpu:  # ten times slower, at a GPU's price
+            look = "look at the machine's driver and at the endpoint's allowed CUDA versions"
+            raise JobError(f"{name} is computed on the CPU though there is a GPU: {look}.")
         share = f"{100 * on_gpu / max(size, 1):.0f} % of it in GPU memory"
-        if gpu and 0 < on_gpu < size:
-            trouble = f"{share}; a smaller MAX_CONCURRENCY or OLLAMA_CONTEXT_LENGTH helps"
-        if trouble:
-            log(f"warning: {trouble}")
-        if size:
-            seconds = time.monotonic() - STARTED
-            log(f"ready: {name} after {seconds:.1f} s, {size / 2**30:.1f} GiB, {share}")
+        if gpu and on_gpu < size:
+            log(f"warning: {share}; a smaller MAX_CONCURRENCY or OLLAMA_CONTEXT_LENGTH helps")
+        seconds = time.monotonic() - STARTED
+        log(f"ready: {name} after {seconds:.1f} s, {size / 2**30:.1f} GiB, {share}")
 
     def _fail(self, reason: str) -> None:
         if process := self._process:
@@ -1004,9 +996,10 @@ class Server:
             process.kill()
             self._sweep(process)
         self.failure = reason
+        if self.must_load and not self.stopped:
+            self.stopped = True
+            signal.pthread_kill(threading.main_thread().ident or 0, SIGNALS[0])  # see `stopped`
         self.failed.set()
-        if self.must_load:  # wakes the main thread, whatever it waits for
-            signal.pthread_kill(threading.main_thread().ident or 0, FAILED)
 
     def _sweep(self, process: subprocess.Popen[bytes]) -> None:
         """Ends the runners that a killed server leaves behind; they hold the GPU's memory."""
@@ -1052,7 +1045,7 @@ server = Server()
 # URLs and the requests of both polls stay the SDK's. `sdk` lists the names: they are private, hence
 # runpod<1.13. tests/test_sdk.py runs the SDK's own loop and tells when a line here is no longer true.
 
-CHUNK_BYTES = 512 * 1024  # RunPod's limit for a streamed chunk is 1 MB, and JSON may double quotes
+CHUNK_CHARACTERS = 150_000  # RunPod's limit is 1 MB, and JSON writes a character in up to 6 bytes
 POLL_SECONDS = 90  # a long poll for jobs or stops, as in the SDK
 POST_SECONDS, DELIVERY_SECONDS = 5, 30  # one try, and all tries, of one chunk or result
 
@@ -1064,14 +1057,14 @@ def sdk() -> SimpleNamespace:
     from runpod.serverless.modules import rp_fitness, rp_http, rp_job, rp_scale, worker_state
 
     return SimpleNamespace(
-        auth_header=http_client.get_auth_header,
+        get_auth_header=http_client.get_auth_header,
         report_unhealthy=rp_fitness._report_unhealthy,
-        done_url=rp_http.JOB_DONE_URL,
-        stream_url=rp_http.JOB_STREAM_URL,
-        get_jobs=rp_job.get_job,
-        get_stops=rp_job.get_stop_signals,
-        scaler=rp_scale.JobScaler,
-        progress=worker_state.JobsProgress,
+        JOB_DONE_URL=rp_http.JOB_DONE_URL,
+        JOB_STREAM_URL=rp_http.JOB_STREAM_URL,
+        get_job=rp_job.get_job,
+        get_stop_signals=rp_job.get_stop_signals,
+        JobScaler=rp_scale.JobScaler,
+        JobsProgress=worker_state.JobsProgress,
     )
 
 
@@ -1090,26 +1083,22 @@ class Queue:
         """Until a signal, or a server that cannot be kept; then the jobs under way finish."""
         import aiohttp
 
-        loop = asyncio.get_running_loop()
         for signum in SIGNALS:
-            loop.add_signal_handler(signum, self._stop)
-        loop.add_signal_handler(FAILED, self.stopping.set)
-        if server.failed.is_set():
-            self.stopping.set()
+            asyncio.get_running_loop().add_signal_handler(signum, self._stop)
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60)
         limit = aiohttp.ClientTimeout(POLL_SECONDS)
-        how = {"connector": connector, "headers": sdk().auth_header(), "timeout": limit}
+        how = {"connector": connector, "headers": sdk().get_auth_header(), "timeout": limit}
         async with aiohttp.ClientSession(**how) as self.session:
-            loops = [asyncio.ensure_future(each) for each in (self._take_jobs(), self._hear_stops())]
-            stop = asyncio.ensure_future(self.stopping.wait())
-            await asyncio.wait({*loops, stop}, return_when=asyncio.FIRST_COMPLETED)
-            await asyncio.sleep(0.1)  # for the open poll to be given up, or its jobs to begin
+            loops = (self._take_jobs(), self._hear_stops(), self.stopping.wait())
+            taking, *others = [asyncio.ensure_future(each) for each in loops]
+            await asyncio.wait({taking, *others}, return_when=asyncio.FIRST_COMPLETED)
+            taking.cancel()  # gives the open poll up: the jobs that are on their way to it are lost
             log("stopping: no new job is taken, those under way finish")
             while self.tasks:
                 await asyncio.wait(set(self.tasks.values()))
-            if stop.done() and not server.failed.is_set():
-                end(0, "stopped by a signal")
-            end(1, server.failure or "a loop of the queue has ended")
+            if not self.stopping.is_set():
+                end(1, "a loop of the queue has ended")
+            stopped()
 
     def _stop(self) -> None:
         if self.stopping.is_set():
@@ -1124,24 +1113,14 @@ class Queue:
                 self._begin(event)
 
     async def _take(self) -> Any:
-        """A long poll for as many jobs as there are places.
-
-        Given up at the worker's end only: the jobs that are on their way to it are then lost.
-        """
-        while not self._places():
+        """A long poll for as many jobs as there are places."""
+        while self.stopping.is_set() or not server.up.is_set() or len(self.tasks) >= MAX_CONCURRENCY:
             await asyncio.sleep(0.02)
-        poll = asyncio.ensure_future(sdk().get_jobs(self.session, self._places()))
-        while not poll.done() and not self.stopping.is_set():
-            await asyncio.wait({poll}, timeout=0.05)
-        return poll.result() if poll.done() else poll.cancel() and None
-
-    def _places(self) -> int:
-        taking = server.up.is_set() and not self.stopping.is_set()
-        return MAX_CONCURRENCY - len(self.tasks) if taking else 0
+        return await sdk().get_job(self.session, MAX_CONCURRENCY - len(self.tasks))
 
     def _begin(self, event: dict[str, Any]) -> None:
         job = Job(event, streams=STREAMING)
-        progress = sdk().progress()  # what the SDK's pings tell
+        progress = sdk().JobsProgress()  # what the SDK's pings tell
         progress.add(job.id)
         task = self.tasks[job.id] = asyncio.ensure_future(self._run(job))
 
@@ -1156,7 +1135,7 @@ class Queue:
 
     async def _hear_stops(self) -> None:
         """Cancels the jobs that were cancelled, or have run into their policy, at the platform."""
-        async for job_id in polled(lambda: sdk().get_stops(self.session)):
+        async for job_id in polled(lambda: sdk().get_stop_signals(self.session)):
             if job_id in self.tasks:
                 self.tasks[job_id].cancel()
             else:
@@ -1177,13 +1156,13 @@ class Queue:
             result = {"output": pieces if STREAMING else piece}
             try:
                 if STREAMING:
-                    await self._deliver(job, f"{sdk().stream_url}&isStream=false", {"output": piece})
+                    await self._deliver(job, f"{sdk().JOB_STREAM_URL}&isStream=false", {"output": piece})
             except JobError as error:
                 if job.streamed:  # a whole object is in the result too
                     result = {"error": str(error)}
                     break
         job.stop()
-        url = f"{sdk().done_url}&isStream={str(STREAMING).lower()}"
+        url = f"{sdk().JOB_DONE_URL}&isStream={str(STREAMING).lower()}"
         try:
             await self._deliver(job, url, result)
         except JobError as error:
@@ -1237,49 +1216,49 @@ async def polled(poll: Callable[[], Awaitable[Any]]) -> AsyncIterator[Any]:
 async def bridge(job: Job) -> AsyncIterator[Piece]:
     """The core for an event loop: runs it in a thread, and yields what has come of it meanwhile.
 
-    What comes while the last piece is posted leaves together with the next.
+    Frames, or texts of a chat, that come while the last piece is posted leave together.
     """
-    pieces: collections.deque[Piece | None] = collections.deque()
+    pieces: collections.deque[Any] = collections.deque()
     arrived, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def arrive(piece: Piece | None) -> None:
+        last: Piece | None = pieces[-1] if pieces else None
+        both: Piece | None = None
+        if isinstance(last, str) and isinstance(piece, str):
+            both = last + piece
+        elif isinstance(last, dict) and isinstance(piece, dict) and {*last, *piece} == {"response"}:
+            both = {"response": last["response"] + piece["response"]}
+        if both and len(str(both)) < CHUNK_CHARACTERS:
+            pieces[-1] = both
+        else:
+            pieces.append(piece)
+        arrived.set()
 
     def work() -> None:
         for piece in itertools.chain(answer(job), [None]):
-            pieces.append(piece)
-            loop.call_soon_threadsafe(arrived.set)
+            loop.call_soon_threadsafe(arrive, piece)
 
     threading.Thread(target=work, daemon=True).start()
     while True:
         await arrived.wait()
         arrived.clear()
         while pieces:
-            piece = gathered(pieces)
+            piece = pieces.popleft()
             if piece is None:
                 return
             yield piece
 
 
-def gathered(pieces: collections.deque[Piece | None]) -> Piece | None:
-    """Takes the first of `pieces`; of frames, or texts of a chat, as many of the next as fit a chunk."""
-    piece, size = pieces.popleft(), 0
-    while pieces and piece and (following := pieces[0]):
-        if isinstance(piece, str) and isinstance(following, str):
-            both: Piece = piece + following
-        elif isinstance(piece, dict) and piece.keys() == following.keys() == {"response"}:  # type: ignore[union-attr]
-            both = {"response": piece["response"] + following["response"]}  # type: ignore[index]
-        else:
-            break
-        size = (size or len(json.dumps(piece))) + len(json.dumps(following))
-        if size > CHUNK_BYTES:
-            break
-        piece = both
-        pieces.popleft()
-    return piece
-
-
 # ---- The worker's life -------------------------------------------------------------------------------
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-FAILED = signal.SIGURG  # the server's failure; ignored where nobody handles it
+
+
+def stopped(*_: object) -> NoReturn:
+    """The end after a signal: the platform's, or that of a server which has failed for good."""
+    if server.failure:
+        end(1, server.failure)
+    end(0, "stopped by a signal")
 
 
 def end(code: int, reason: str, grace: float = 5, check: str = "ollama") -> NoReturn:
@@ -1287,7 +1266,6 @@ def end(code: int, reason: str, grace: float = 5, check: str = "ollama") -> NoRe
 
     `code` 0: done, or asked to by a signal; 1: failed, or not let finish. Ollama has `grace` s to end.
     """
-    signal.signal(FAILED, lambda *_: None)
     for signum in SIGNALS:
         signal.signal(signum, lambda *_: end(1, "a second signal", grace=0))
     log(f"{'error' if code else 'ended'}: {reason}")
@@ -1319,10 +1297,11 @@ def is_local() -> bool:
 def main() -> None:
     local = is_local()
     for signum in SIGNALS:  # until the queue's loop has its own
-        signal.signal(signum, lambda *_: end(0, "stopped by a signal"))
+        signal.signal(signum, stopped)
     sys.stdout.reconfigure(line_buffering=True, write_through=False)  # type: ignore[union-attr]  # the SDK's lines, whole
     server.must_load = not local
     server.start()  # loads the model while the SDK is imported
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # RunPod hears of a failure through the SDK only
     try:
         import cpuinfo
 
@@ -1333,32 +1312,25 @@ def main() -> None:
         sdk()
     except (ImportError, AttributeError) as error:
         end(1, f"This worker needs runpod>=1.12,<1.13. {error}")
-
-    def model_is_loaded() -> None:
-        try:
-            server.ready()
-        except JobError as error:
-            end(1, str(error))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     async def local_handler(event: dict[str, Any]) -> dict[str, Any]:
         return await asyncio.to_thread(handler, event)  # jobs of --rp_serve_api run side by side
 
     def checks_beside_the_load() -> None:
-        runpod.serverless.register_fitness_check(model_is_loaded)  # behind the SDK's: GPU, network, …
+        runpod.serverless.register_fitness_check(server.ready)  # behind the SDK's: GPU, network, …
 
-    if local:
-        model_is_loaded()
-    else:
-        modules = runpod.serverless.modules
-        modules.rp_scale.JobScaler = Queue
-        # A check of the SDK's that fails would end the process past Ollama, and one can hang for ever.
-        modules.rp_fitness._report_unhealthy = lambda check, reason: end(1, reason, check=check)
-        signal.signal(FAILED, lambda *_: end(1, server.failure))
-        if server.failed.is_set():  # before somebody handled it
-            end(1, server.failure)
-        runpod.serverless.register_fitness_check(checks_beside_the_load)  # before the first job-take
+    modules = runpod.serverless.modules
+    modules.rp_scale.JobScaler = Queue
+    # A check of the SDK's that fails would end the process past Ollama, and one can hang for ever.
+    modules.rp_fitness._report_unhealthy = lambda check, reason: end(1, reason, check=check)
+    runpod.serverless.register_fitness_check(checks_beside_the_load)  # before the first job-take
     try:
+        if local:
+            server.ready()
         runpod.serverless.start({"handler": local_handler})
+    except JobError as error:
+        end(1, str(error))
     except SystemExit as done:  # of the local modes
         end(int(done.code or 0), "the local run is done")
     end(0, "the API was stopped")
