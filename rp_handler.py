@@ -41,6 +41,7 @@ import json
 import math
 import multiprocessing
 import os
+import queue
 import re
 import shutil
 import signal
@@ -317,15 +318,14 @@ def chat_messages(job_input: dict[str, Any]) -> list[dict[str, Any]]:
     message, messages, system = (job_input.get(name) for name in ("message", "messages", "system"))
     if (message is None) == (messages is None):
         raise JobError('A chat needs "message", a text, or "messages", a list of turns (not both).')
-    if message is not None:
+    if messages is None:
         if not isinstance(message, str) or not message.strip():
             raise JobError('"message" must be a text that is not empty.')
         messages = [{"role": "user", "content": message}]
-    if not isinstance(messages, list) or not messages:
-        raise JobError('"messages" must be a list of turns that is not empty.')
-    for turn in messages:
+    for turn in messages if isinstance(messages, list) and messages else [None]:
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
-            raise JobError('Each of "messages" must be like {"role": "user", "content": "…"}.')
+            form = '{"role": "user", "content": "…"}'
+            raise JobError(f'"messages" must be a list of turns that is not empty, each like {form}.')
     messages = [with_system_role(turn) for turn in messages]
     if system is not None and not isinstance(system, str):
         raise JobError('"system" must be a text.')
@@ -826,6 +826,7 @@ class Server:
     def __init__(self) -> None:
         self.up, self.failed = threading.Event(), threading.Event()
         self.failure = ""
+        self.suspects: queue.SimpleQueue[str] = queue.SimpleQueue()  # models
         self.must_load = False
         self.stopped = False
         self._process: subprocess.Popen[bytes] | None = None  # of its own
@@ -846,7 +847,7 @@ class Server:
         Raises JobError once the server has failed.
         """
         self.start()
-        while not self.up.wait(0.05) or (job and again and not answers()):
+        while not self.up.wait(0.05) or (again and not listens()):
             if self.failed.is_set():
                 raise JobError(self.failure)
             if job:
@@ -857,34 +858,9 @@ class Server:
 
     def suspect(self, model: str) -> None:
         """A job ran into its limit without a byte: no job is taken until it is known what that was."""
-        with self._lock:
-            if self._process and self.up.is_set():
-                self.up.clear()
-                threading.Thread(target=self._question, args=(self._process, model), daemon=True).start()
-
-    def _question(self, process: subprocess.Popen[bytes], model: str) -> None:
-        """Ends a server that says no version, or whose model says no token: it hangs, and is not slow.
-
-        The jobs before it may take their whole time where a model has one slot only: hence the 10 s.
-        """
-        token = {"model": model, "prompt": "Hi", "stream": False, "options": {"num_predict": 1}}
-        seconds = REQUEST_TIMEOUT + 10 if model == MODELS[0] else STARTUP_TIMEOUT  # it may be loading
-        try:
-            with Job(seconds=5) as job:
-                ask(job, "GET", "/api/version")
-            with Job(seconds=seconds) as job:
-                ask(job, "POST", "/api/generate", token)
-        except JobError as error:
-            if error.cure == "more time":
-                log(f"warning: Ollama, or its runner of {model}, hangs and is killed")
-                process.kill()
-                try:
-                    process.wait(10)
-                except subprocess.TimeoutExpired:
-                    self._fail("Ollama hangs and cannot be killed.")
-                return
-        if process is self._process and process.poll() is None:
-            self.up.set()
+        if self._process and self.up.is_set():
+            self.up.clear()
+            self.suspects.put(model)
 
     def stop(self, grace: float = 5) -> None:
         """Ends the server that the worker started: asks it, and after `grace` s ends it by force."""
@@ -900,17 +876,14 @@ class Server:
         """The keeper's thread, which lives as long as a server of its own does."""
         deaths: list[float] = []
         try:
-            while True:
-                process = self._begin()
+            while process := self._begin():
                 self.up.set()
-                if not process:
-                    return
-                code = process.wait()
+                self._watch(process)
                 self.up.clear()
                 self._sweep(process)
                 if self.stopped:
                     return
-                now = time.monotonic()
+                now, code = time.monotonic(), process.returncode
                 deaths = [death for death in deaths if now - death < WITHIN] + [now]
                 if len(deaths) >= DEATHS:
                     times = f"{DEATHS} times within {WITHIN} s"
@@ -918,16 +891,43 @@ class Server:
                 pause = 0.1 * 2 ** len(deaths)
                 log(f"warning: Ollama ended with {code}; it is started again in {pause:g} s")
                 time.sleep(pause)
+            self.up.set()  # somebody else's
         except Exception as error:  # a defect too: whoever waits for the server must hear of it
-            self._fail(str(error) if isinstance(error, (JobError, OSError)) else repr(error))
+            told = isinstance(error, (JobError, OSError, subprocess.SubprocessError))
+            self._fail(str(error) if told else repr(error))
+
+    def _watch(self, process: subprocess.Popen[bytes]) -> None:
+        """Until the server has ended; one that hangs is ended."""
+        while process.poll() is None:
+            with contextlib.suppress(queue.Empty):
+                model = self.suspects.get(timeout=0.05)
+                if self._hangs(model):
+                    log(f"warning: Ollama, or its runner of {model}, hangs and is killed")
+                    process.kill()
+                    process.wait(10)  # raises where that is not possible
+                else:
+                    self.up.set()
+
+    def _hangs(self, model: str) -> bool:
+        """Whether the server says no version, or its model no token: more than being slow.
+
+        The jobs before it may take their whole time where a model has one slot only: hence the 10 s.
+        """
+        token = {"model": model, "prompt": "Hi", "stream": False, "options": {"num_predict": 1}}
+        seconds = REQUEST_TIMEOUT + 10 if model == MODELS[0] else STARTUP_TIMEOUT  # it may be loading
+        try:
+            with Job(seconds=5) as job:
+                ask(job, "GET", "/api/version")
+            with Job(seconds=seconds) as job:
+                ask(job, "POST", "/api/generate", token)
+        except JobError as error:
+            return error.cure == "more time"
+        return False
 
     def _begin(self) -> subprocess.Popen[bytes] | None:
         """Finds the server, or starts one, and loads the default model; returns its own process."""
         with Job(seconds=STARTUP_TIMEOUT, limit="STARTUP_TIMEOUT") as job:
             process = None if listens() else self._spawn()
-            if not process and not answers():
-                no_answer = "GET /api/version was not answered within 2 s"
-                raise JobError(f"{ADDRESS} is taken by something that is not Ollama: {no_answer}.")
             while process and not listens():
                 if process.poll() is not None:
                     self._sweep(process)
@@ -939,6 +939,9 @@ class Server:
             if process:
                 # Read, so that it never blocks, and kept nowhere: it may one day hold a caller's words.
                 threading.Thread(target=collections.deque, args=(process.stdout, 0), daemon=True).start()
+            elif not is_ollama():
+                no_answer = "GET /api/version was not answered within 2 s"
+                raise JobError(f"{ADDRESS} is taken by something that is not Ollama: {no_answer}.")
             if self.must_load:  # a laptop's Ollama loads what a job asks for
                 self._load(job)
             return process
@@ -991,10 +994,9 @@ class Server:
         log(f"ready: {name} after {seconds:.1f} s, {size / 2**30:.1f} GiB, {share}")
 
     def _fail(self, reason: str) -> None:
-        if process := self._process:
+        if self._process:
+            self._sweep(self._process)
             self._process = None
-            process.kill()
-            self._sweep(process)
         self.failure = reason
         if self.must_load and not self.stopped:
             self.stopped = True
@@ -1002,7 +1004,7 @@ class Server:
         self.failed.set()
 
     def _sweep(self, process: subprocess.Popen[bytes]) -> None:
-        """Ends the runners that a killed server leaves behind; they hold the GPU's memory."""
+        """Ends what is left of a server: the runners of one that was killed hold the GPU's memory."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):  # no child (any more)
@@ -1012,16 +1014,15 @@ class Server:
 
 
 def listens() -> bool:
-    """Whether anything does; without the client, which takes 0.2 s to import."""
+    """Whether anything does, at OLLAMA_HOST; without the client, which takes 0.2 s to import."""
     with contextlib.suppress(OSError), socket.create_connection(OLLAMA, timeout=1):
         return True
     return False
 
 
-def answers() -> bool:
-    """Whether an Ollama server answers at OLLAMA_HOST."""
+def is_ollama() -> bool:
     with contextlib.suppress(JobError), Job(seconds=2) as job:
-        return listens() and "version" in ask(job, "GET", "/api/version")
+        return "version" in ask(job, "GET", "/api/version")
     return False
 
 
