@@ -38,7 +38,6 @@ import contextvars
 import functools
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import queue
@@ -86,7 +85,7 @@ def setting(name: str, default: str, read: Callable[[str], Any], form: str) -> A
     text = os.environ.get(name, "").strip() or default
     try:
         value = read(text)
-        if type(value) in (int, float) and not 0 < value < math.inf:
+        if type(value) in (int, float) and not 0 < value < 1e9:
             raise ValueError
         return value
     except (ValueError, KeyError):
@@ -239,7 +238,7 @@ def dispatch(job: Job) -> Iterator[Piece]:
         raise JobError('A job needs an "input" object, such as {"input": {"message": "Hello"}}.')
     kinds = {"chat": chat, "vapi_webhook": vapi_webhook, "openai": openai_route}
     kind = "openai" if job_input.get("openai_route") is not None else job_input.get("type", "chat")
-    if not isinstance(kind, str) or kind not in kinds:
+    if str(kind) not in kinds:
         raise JobError(f'Unknown type {shown(kind)}; "type" can be "chat" or "vapi_webhook".')
     job.kind = kind
     return kinds[kind](job_input, job)
@@ -253,6 +252,12 @@ def postable(answer: dict[str, Any]) -> dict[str, Any]:
     """The answer without what a caller may have sent and JSON cannot write: lone surrogates, NaN."""
     text = json.dumps(answer, ensure_ascii=False).encode("utf-8", "replace")
     return json.loads(text, parse_constant=lambda _: None)
+
+
+def part(body: dict[str, Any], name: str) -> dict[str, Any]:
+    """The object under `name`; an empty one where the caller sent none, or something else."""
+    value = body.get(name)
+    return value if isinstance(value, dict) else {}
 
 
 def shown(value: Any) -> str:
@@ -341,18 +346,15 @@ def with_system_role(turn: dict[str, Any]) -> dict[str, Any]:
 
 def chat_pieces(job: Job, body: dict[str, Any]) -> Iterator[Piece]:
     """The pieces of Ollama's answer; a plain one is a stream of one chunk."""
-    thinking = ""
-    calls: list[Any] = []
+    said: dict[str, Any] = {"thinking": "", "tool_calls": []}
     for line in exchange(job, "POST", "/api/chat", body):
         chunk = parsed(line)
         message = chunk.get("message") or {}
         text = message.get("content") or ""
-        thinking += message.get("thinking") or ""
-        calls += message.get("tool_calls") or []
+        for kind, so_far in said.items():
+            said[kind] = so_far + (message.get(kind) or type(so_far)())
         if chunk.get("done"):
-            said = {"thinking": thinking, "tool_calls": calls}
-            answer = {} if body["stream"] else {"response": text}
-            yield chat_answer(chunk, answer | {name: said[name] for name in said if said[name]}, job)
+            yield chat_answer(chunk, {} if body["stream"] else {"response": text}, said, job)
             return
         job.token(body["model"])
         if text:
@@ -360,20 +362,19 @@ def chat_pieces(job: Job, body: dict[str, Any]) -> Iterator[Piece]:
     raise JobError(BROKEN_OFF, cure="new runner")
 
 
-def chat_answer(last: dict[str, Any], said: dict[str, Any], job: Job) -> dict[str, Any]:
+def chat_answer(
+    last: dict[str, Any], response: dict[str, str], said: dict[str, Any], job: Job
+) -> dict[str, Any]:
     """The answer, or a stream's last piece, with Ollama's counts of tokens and of ns."""
-    prompt, completion = last.get("prompt_eval_count", 0), last.get("eval_count", 0)
+    read, written = last.get("prompt_eval_count", 0), last.get("eval_count", 0)
     times = {"load_s": "load", "prompt_s": "prompt_eval", "generate_s": "eval", "total_s": "total"}
-    job.model, job.tokens = last["model"], completion
+    job.model, job.tokens = last["model"], written
     return {
         "status": "success",
-        **said,
+        **response,
         "model": last["model"],
-        "usage": {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-        },
+        **{kind: all_of_it for kind, all_of_it in said.items() if all_of_it},
+        "usage": {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written},
         "timings": {name: last.get(f"{part}_duration", 0) / 1e9 for name, part in times.items()},
     }
 
@@ -408,23 +409,19 @@ def streams(body: dict[str, Any], job: Job) -> bool:
 # ---- The OpenAI route, which VAPI's custom-llm calls -------------------------------------------------
 
 # What may pass, and the fields that Ollama knows in its body; a route without fields is a GET.
-ROUTES: dict[str, list[str]] = {
-    "/v1/models": [],
-    "/v1/models/{model}": [],
-    "/v1/chat/completions": (
-        "model messages stream stream_options max_tokens seed stop temperature top_p "
-        "frequency_penalty presence_penalty response_format tools reasoning reasoning_effort "
-        "logprobs top_logprobs"
-    ).split(),
-    "/v1/completions": (
-        "model prompt suffix stream stream_options max_tokens seed stop temperature top_p "
-        "frequency_penalty presence_penalty logprobs"
-    ).split(),
-    "/v1/responses": (
-        "model input instructions stream max_output_tokens temperature top_p "
-        "tools text reasoning truncation"
-    ).split(),
-    "/v1/embeddings": "model input dimensions encoding_format".split(),
+COMMON = (
+    "model stream stream_options max_tokens seed stop temperature top_p frequency_penalty "
+    "presence_penalty logprobs"
+)
+ROUTES = {
+    "/v1/models": "",
+    "/v1/models/{model}": "",
+    "/v1/chat/completions": f"{COMMON} top_logprobs messages response_format tools "
+    "reasoning reasoning_effort",
+    "/v1/completions": f"{COMMON} prompt suffix",
+    "/v1/responses": "model stream max_output_tokens temperature top_p input instructions tools text "
+    "reasoning truncation",
+    "/v1/embeddings": "model input dimensions encoding_format",
 }
 TAKES_TOOLS: dict[str, bool] = {}  # by model: asked once
 
@@ -435,10 +432,8 @@ def openai_route(job_input: dict[str, Any], job: Job) -> Iterator[Piece]:
     Shapes: https://github.com/ollama/ollama/blob/main/docs/api/openai-compatibility.mdx
     """
     route, sent = job_input["openai_route"], job_input.get("openai_input")
-    if not isinstance(route, str):
-        raise JobError(f'"openai_route" must be a path such as "/v1/models", not {shown(route)}.')
     # Users paste a URL that already ends so, and VAPI's client adds the path again.
-    route = route.replace("/chat/completions/chat/completions", "/chat/completions", 1)
+    route = str(route).replace("/chat/completions/chat/completions", "/chat/completions", 1)
     base, _, name = route.partition("/v1/models/")
     known = "/v1/models/{model}" if name and not base else route
     if known not in ROUTES:
@@ -455,9 +450,10 @@ def openai_route(job_input: dict[str, Any], job: Job) -> Iterator[Piece]:
 
 def openai_body(route: str, sent: dict[str, Any]) -> dict[str, Any]:
     """What of a body goes on: VAPI adds private fields, such as the caller's number; they stop here."""
-    body = {field: sent[field] for field in ROUTES[route] if sent.get(field) is not None}
+    fields = ROUTES[route].split()
+    body = {field: sent[field] for field in fields if sent.get(field) is not None}
     body["model"] = model_name(body.get("model"))
-    for limit in {"max_tokens", "max_output_tokens"} & {*ROUTES[route]}:
+    for limit in {"max_tokens", "max_output_tokens"} & {*fields}:
         body[limit] = max_tokens(body.get(limit) or sent.get("max_completion_tokens"))  # a newer name
     if sent.get("tool_choice") == "none":  # which Ollama ignores
         body.pop("tools", None)
@@ -480,8 +476,7 @@ def mended(turn: Any) -> Any:
     if isinstance(turn.get("tool_calls"), list):
         turn["tool_calls"] = calls = [*turn["tool_calls"]]
         for at, call in enumerate(calls):
-            function = call.get("function") if isinstance(call, dict) else None
-            if isinstance(function, dict):
+            if function := part(call, "function") if isinstance(call, dict) else {}:
                 given = function.get("arguments") or "{}"
                 text = given if isinstance(given, str) else json.dumps(given)
                 calls[at] = {**call, "function": {**function, "arguments": text}}
@@ -537,8 +532,7 @@ def vapi_webhook(job_input: dict[str, Any], job: Job) -> Iterator[Piece]:
 
     `vapi_response` is the object that VAPI wants, or the model's answer to the text.
     """
-    data = job_input.get("webhook_data")
-    data = data if isinstance(data, dict) else {}
+    data = part(job_input, "webhook_data")
     message = data.get("message")
     if isinstance(message, str):
         speaking_for.set(job)
@@ -550,14 +544,9 @@ def vapi_webhook(job_input: dict[str, Any], job: Job) -> Iterator[Piece]:
     else:
         forms = '{"message": {"type": …}}, or {"message": "a text"}'
         raise JobError(f'"webhook_data" must be VAPI\'s body, {forms}.')
-    call_id = call_id_of(message) or data.get("call_id")
+    call_id = part(part(data, "message"), "call").get("id") or data.get("call_id")
     call_id = call_id if isinstance(call_id, str) else ""
     yield postable({"status": "success", "vapi_response": response, "call_id": call_id})
-
-
-def call_id_of(message: Any) -> Any:
-    call = message.get("call") if isinstance(message, dict) else None
-    return call.get("id") if isinstance(call, dict) else None
 
 
 def ask_model(message: str) -> str:
@@ -576,9 +565,8 @@ speaking_for: contextvars.ContextVar[Job] = contextvars.ContextVar("speaking_for
 def tool_calls(message: dict[str, Any], job: Job) -> dict[str, Any]:
     """Runs the calls of one message; {"results": […]} in the order of the calls."""
     listed = message.get("toolCallList")
-    calls = (
-        [called(call) for call in listed if isinstance(call, dict)] if isinstance(listed, list) else []
-    )
+    listed = listed if isinstance(listed, list) else []
+    calls = [called(call) for call in listed if isinstance(call, dict)]
     pool = ThreadPoolExecutor(32)
     running = [pool.submit(tool_result, name, arguments, job) for _, name, arguments in calls]
     seconds = min(TOOL_SECONDS, job.left())
@@ -594,8 +582,7 @@ def tool_calls(message: dict[str, Any], job: Job) -> dict[str, Any]:
 
 def called(call: dict[str, Any]) -> tuple[Any, str, Any]:
     """A call's id, name and arguments; VAPI sends the latter two inside `function` or flat."""
-    function = call.get("function")
-    function = function if isinstance(function, dict) else call
+    function = part(call, "function") or call
     name, arguments = function.get("name"), function.get("arguments", function.get("parameters"))
     return call.get("id", ""), name if isinstance(name, str) else "", arguments
 
@@ -619,8 +606,7 @@ def tool_result(name: str, arguments: Any, job: Job) -> dict[str, str]:
 
 def function_call(message: dict[str, Any], job: Job) -> dict[str, Any]:
     """VAPI's older form of one tool call."""
-    call = message.get("functionCall")
-    (result,) = tool_calls({"toolCallList": [call if isinstance(call, dict) else {}]}, job)["results"]
+    (result,) = tool_calls({"toolCallList": [part(message, "functionCall")]}, job)["results"]
     return {key: result[key] for key in ("result", "error") if key in result}
 
 
@@ -661,10 +647,9 @@ CALL_ID = r"(?i)[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 
 def end_of_call(message: dict[str, Any], job: Job) -> dict[str, Any]:
     """Logs how a call ended: identifiers and a number, nothing that was said."""
-    found = ((call_id_of(message), CALL_ID), (message.get("endedReason"), ENDED_REASON))
-    call, reason = (
-        text if isinstance(text, str) and re.fullmatch(form, text) else "-" for text, form in found
-    )
+    call, reason = str(part(message, "call").get("id")), str(message.get("endedReason"))
+    call = call if re.fullmatch(CALL_ID, call) else "-"
+    reason = reason if re.fullmatch(ENDED_REASON, reason) else "-"
     seconds: Any = message.get("durationSeconds")  # in captures; VAPI's schema has only the two times
     with contextlib.suppress(KeyError, AttributeError, ValueError, TypeError):
         times = [message[key].replace("Z", "+00:00") for key in ("startedAt", "endedAt")]
@@ -737,9 +722,8 @@ def exchange(job: Job, method: str, path: str, body: dict[str, Any] | None) -> I
     limits = (job.left(), None)  # s to connect; from then on the job's own limit shuts the socket
     try:
         with connecting(job) as http:
-            url = f"http://{ADDRESS}{path}"
-            how: Any = {"allow_redirects": False, "stream": True, "timeout": limits}
-            response = http.request(method, url, data=data, headers=headers, **how)
+            how: Any = {"headers": headers, "allow_redirects": False, "stream": True, "timeout": limits}
+            response = http.request(method, f"http://{ADDRESS}{path}", data=data, **how)
             if response.status_code != 200:
                 refuse(response, job)
             if body and body.get("stream"):
@@ -775,10 +759,9 @@ def connecting(job: Job) -> requests.Session:
 
 def parsed(content: bytes) -> dict[str, Any]:
     """A JSON object of Ollama's. What is none, or says an error, is Ollama's failure."""
-    try:
+    value: Any = None
+    with contextlib.suppress(ValueError):
         value = json.loads(content)
-    except ValueError:
-        value = None
     if not isinstance(value, dict):
         raise JobError("Ollama's answer was garbled; try again.", cure="new runner")
     if value.get("error"):
