@@ -22,7 +22,7 @@ Who runs at the same time:
     a thread a job     runs `answer`, the sync core; `bridge` hands its pieces to the loop. It owns its
                        Job, which any thread may `stop`; tools of a VAPI message have threads beside it.
     the keeper         a thread that finds or starts, loads and watches `ollama serve`. It owns Server's
-                       state; jobs wait for its `up` or `failed`, which a signal tells the main thread.
+                       state; jobs wait for its `up` or `failed`, and a signal tells the main thread.
     other processes    `ollama serve`, its runner for each loaded model, and the SDK's pings.
 Each request to Ollama has a connection of its own: to shut its socket ends the generation.
 """
@@ -184,8 +184,8 @@ class Job:
             raise JobError(f"Not done within {limit}: ask for less, or raise it.", cure="more time")
         return left
 
-    def token(self, model: str) -> None:
-        self.model, self.tokens = model, self.tokens + 1
+    def token(self) -> None:
+        self.tokens += 1
         self.first_token = self.first_token or time.monotonic()
 
     def stop(self) -> None:
@@ -298,7 +298,7 @@ def chat(job_input: dict[str, Any], job: Job) -> Iterator[Piece]:
     """
     body = chat_body(job_input)
     body["stream"] = streams(job_input, job)
-    return tried(job, chat_pieces, body)
+    return tried(job, "/api/chat", body, chat_pieces)
 
 
 def chat_body(job_input: dict[str, Any]) -> dict[str, Any]:
@@ -344,19 +344,19 @@ def with_system_role(turn: dict[str, Any]) -> dict[str, Any]:
     return {**turn, "role": "system"} if turn.get("role") == "developer" else turn
 
 
-def chat_pieces(job: Job, body: dict[str, Any]) -> Iterator[Piece]:
-    """The pieces of Ollama's answer; a plain one is a stream of one chunk."""
+def chat_pieces(lines: Iterator[bytes], job: Job) -> Iterator[Piece]:
+    """What Ollama's chunks are to a chat's caller; a plain answer is a stream of one chunk."""
     said: dict[str, Any] = {"thinking": "", "tool_calls": []}
-    for line in exchange(job, "POST", "/api/chat", body):
+    for line in lines:
         chunk = parsed(line)
         message = chunk.get("message") or {}
         text = message.get("content") or ""
         for kind, so_far in said.items():
             said[kind] = so_far + (message.get(kind) or type(so_far)())
         if chunk.get("done"):
-            yield chat_answer(chunk, {} if body["stream"] else {"response": text}, said, job)
+            yield chat_answer(chunk, {} if job.streamed else {"response": text}, said, job)
             return
-        job.token(body["model"])
+        job.token()
         if text:
             yield {"response": text}
     raise JobError(BROKEN_OFF, cure="new runner")
@@ -368,7 +368,7 @@ def chat_answer(
     """The answer, or a stream's last piece, with Ollama's counts of tokens and of ns."""
     read, written = last.get("prompt_eval_count", 0), last.get("eval_count", 0)
     times = {"load_s": "load", "prompt_s": "prompt_eval", "generate_s": "eval", "total_s": "total"}
-    job.model, job.tokens = last["model"], written
+    job.tokens = written
     return {
         "status": "success",
         **response,
@@ -439,13 +439,11 @@ def openai_route(job_input: dict[str, Any], job: Job) -> Iterator[Piece]:
     if known not in ROUTES:
         raise JobError(f"Unknown route {shown(route)}; there is {', '.join(ROUTES)}.")
     if not ROUTES[known]:
-        path = f"/v1/models/{model_name(name)}" if name else route
-        return tried(job, lambda job, _: iter([ask(job, "GET", path)]), {})
+        return tried(job, f"/v1/models/{model_name(name)}" if name else route, None, completion)
     if not isinstance(sent, dict):
         raise JobError(f'"openai_input" must be the JSON object that {route} takes.')
     body = openai_body(route, sent)
-    attempt = completion_frames if streams(body, job) else completion
-    return tried(job, functools.partial(attempt, route), body)
+    return tried(job, route, body, completion_frames if streams(body, job) else completion)
 
 
 def openai_body(route: str, sent: dict[str, Any]) -> dict[str, Any]:
@@ -483,17 +481,16 @@ def mended(turn: Any) -> Any:
     return turn
 
 
-def completion(route: str, job: Job, body: dict[str, Any]) -> Iterator[Piece]:
-    whole = ask(job, "POST", route, without_idle_tools(body, job))
+def completion(lines: Iterator[bytes], job: Job) -> Iterator[Piece]:
+    whole = parsed(next(lines))
     usage = whole.get("usage") or {}
-    job.model = whole.get("model", "-")
     job.tokens = usage.get("completion_tokens", usage.get("output_tokens", 0))
     yield whole
 
 
-def completion_frames(route: str, job: Job, body: dict[str, Any]) -> Iterator[Piece]:
+def completion_frames(lines: Iterator[bytes], job: Job) -> Iterator[Piece]:
     finished, event = False, ""
-    for line in exchange(job, "POST", route, without_idle_tools(body, job)):
+    for line in lines:
         if line.startswith(b"event: "):  # /v1/responses names its frames in a line before the data
             event = line.decode() + "\n"
         if not line.startswith(b"data: {"):
@@ -505,7 +502,7 @@ def completion_frames(route: str, job: Job, body: dict[str, Any]) -> Iterator[Pi
         if event == "event: response.completed\n" or any(one.get("finish_reason") for one in choices):
             finished = True
         elif choices or ".delta" in event:
-            job.token(body["model"])
+            job.token()
         yield f"{event}{line.decode('utf-8', 'replace')}\n\n"
     if not finished:
         raise JobError(BROKEN_OFF, cure="new runner")
@@ -513,15 +510,17 @@ def completion_frames(route: str, job: Job, body: dict[str, Any]) -> Iterator[Pi
         yield "data: [DONE]\n\n"
 
 
-def without_idle_tools(body: dict[str, Any], job: Job) -> dict[str, Any]:
+def without_idle_tools(body: dict[str, Any] | None, job: Job) -> dict[str, Any] | None:
     """The body, less its tools where its model takes none: Ollama's 400 would end the call."""
+    if not body or not body.get("tools"):
+        return body
     model = body["model"]
-    if body.get("tools") and model not in TAKES_TOOLS:
-        shows = ask(job, "POST", "/api/show", {"model": model})
+    if model not in TAKES_TOOLS:
+        shows = ask(job, "/api/show", {"model": model})
         TAKES_TOOLS[model] = "tools" in (shows.get("capabilities") or [])
         if not TAKES_TOOLS[model]:
             log(f"warning: {model} takes no tools, so they are dropped; qwen2.5:7b would take them")
-    return body if TAKES_TOOLS.get(model) else {key: body[key] for key in body if key != "tools"}
+    return body if TAKES_TOOLS[model] else {key: body[key] for key in body if key != "tools"}
 
 
 # ---- VAPI's server messages: https://docs.vapi.ai/server-url/events ----------------------------------
@@ -681,33 +680,36 @@ BROKEN_OFF = "Ollama's answer broke off before its end; try again."
 
 
 def tried(
-    job: Job, attempt: Callable[[Job, dict[str, Any]], Iterator[Piece]], body: dict[str, Any]
+    job: Job,
+    path: str,
+    body: dict[str, Any] | None,
+    read: Callable[[Iterator[bytes], Job], Iterator[Piece]],
 ) -> Iterator[Piece]:
-    """Runs `attempt` again where that can help, as long as nothing of it has left."""
-    begun = False
+    """What `read` makes of Ollama's answer; asked again where it helps, as long as nothing has left."""
+    begun, model = False, body["model"] if body else "-"
     for tries in itertools.count(1):
         server.ready(job, again=tries > 1)
         try:
-            for piece in attempt(job, body):
-                begun = True
+            asked = body if path == "/api/chat" else without_idle_tools(body, job)
+            for piece in read(exchange(job, path, asked), job):
+                begun, job.model = True, model
                 yield piece
             return
         except JobError as error:
             if error.cure == "more time" and not begun:
-                server.suspect(body.get("model", MODELS[0]))
+                server.suspect(model)
             if begun or tries >= TRIES.get(error.cure or "", 1):
                 raise
             if error.cure == "free place":
                 time.sleep(min(0.5 * tries, job.left()))
 
 
-def ask(job: Job, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+def ask(job: Job, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
     """A question to Ollama that is answered with one JSON object."""
-    (content,) = exchange(job, method, path, body)
-    return parsed(content)
+    return parsed(next(exchange(job, path, body)))
 
 
-def exchange(job: Job, method: str, path: str, body: dict[str, Any] | None) -> Iterator[bytes]:
+def exchange(job: Job, path: str, body: dict[str, Any] | None) -> Iterator[bytes]:
     """Ollama's answer 200: its lines as they come where `body` asks for a stream, else all of it.
 
     Any other answer, and a connection that breaks, is a JobError.
@@ -720,10 +722,11 @@ def exchange(job: Job, method: str, path: str, body: dict[str, Any] | None) -> I
         raise JobError("The input holds what JSON cannot: NaN, infinity, or bytes.") from None
     headers = {"Content-Type": "application/json"}
     limits = (job.left(), None)  # s to connect; from then on the job's own limit shuts the socket
+    how: Any = {"headers": headers, "allow_redirects": False, "stream": True, "timeout": limits}
     try:
         with connecting(job) as http:
-            how: Any = {"headers": headers, "allow_redirects": False, "stream": True, "timeout": limits}
-            response = http.request(method, f"http://{ADDRESS}{path}", data=data, **how)
+            url = f"http://{ADDRESS}{path}"
+            response = http.request("POST" if body else "GET", url, data=data, **how)
             if response.status_code != 200:
                 refuse(response, job)
             if body and body.get("stream"):
@@ -775,7 +778,7 @@ def refuse(response: requests.Response, job: Job) -> NoReturn:
     with contextlib.suppress(ValueError):
         text = words_of(json.loads(text))
     if status == 404 and "not found" in text:
-        models = ask(job, "GET", "/api/tags").get("models") or []
+        models = ask(job, "/api/tags").get("models") or []
         text += f"; installed: {', '.join(model['name'] for model in models) or 'none'}"
     # A runner that died: "model runner has …", or "… encountered while running the model: …"
     cure = "free place" if status == 503 else "new runner" if "runn" in text else None
@@ -876,8 +879,15 @@ class Server:
                 time.sleep(pause)
             self.up.set()  # somebody else's
         except Exception as error:  # a defect too: whoever waits for the server must hear of it
+            if self._process:
+                self._sweep(self._process)
+                self._process = None
             told = isinstance(error, (JobError, OSError, subprocess.SubprocessError))
-            self._fail(str(error) if told else repr(error))
+            self.failure = str(error) if told else repr(error)
+            if self.must_load and not self.stopped:
+                self.stopped = True
+                signal.pthread_kill(threading.main_thread().ident or 0, SIGNALS[0])  # see `stopped`
+            self.failed.set()
 
     def _watch(self, process: subprocess.Popen[bytes]) -> None:
         """Until the server has ended; one that hangs is ended."""
@@ -900,9 +910,9 @@ class Server:
         seconds = REQUEST_TIMEOUT + 10 if model == MODELS[0] else STARTUP_TIMEOUT  # it may be loading
         try:
             with Job(seconds=5) as job:
-                ask(job, "GET", "/api/version")
+                ask(job, "/api/version")
             with Job(seconds=seconds) as job:
-                ask(job, "POST", "/api/generate", token)
+                ask(job, "/api/generate", token)
         except JobError as error:
             return error.cure == "more time"
         return False
@@ -959,8 +969,8 @@ class Server:
         if shutil.which("nvidia-smi"):
             gpus = subprocess.Popen(["nvidia-smi", "-L"], stdout=subprocess.PIPE)
         try:
-            ask(job, "POST", "/api/generate", {"model": name, "keep_alive": -1})
-            loaded = {model["name"]: model for model in ask(job, "GET", "/api/ps").get("models") or []}
+            ask(job, "/api/generate", {"model": name, "keep_alive": -1})
+            loaded = {model["name"]: model for model in ask(job, "/api/ps").get("models") or []}
             gpu = gpus and b"GPU" in gpus.communicate(timeout=10)[0]
         except JobError as error:
             raise JobError(f"{name} could not be loaded. {error}") from None
@@ -975,16 +985,6 @@ class Server:
             log(f"warning: {share}; a smaller MAX_CONCURRENCY or OLLAMA_CONTEXT_LENGTH helps")
         seconds = time.monotonic() - STARTED
         log(f"ready: {name} after {seconds:.1f} s, {size / 2**30:.1f} GiB, {share}")
-
-    def _fail(self, reason: str) -> None:
-        if self._process:
-            self._sweep(self._process)
-            self._process = None
-        self.failure = reason
-        if self.must_load and not self.stopped:
-            self.stopped = True
-            signal.pthread_kill(threading.main_thread().ident or 0, SIGNALS[0])  # see `stopped`
-        self.failed.set()
 
     def _sweep(self, process: subprocess.Popen[bytes]) -> None:
         """Ends what is left of a server: the runners of one that was killed hold the GPU's memory."""
@@ -1005,7 +1005,7 @@ def listens() -> bool:
 
 def is_ollama() -> bool:
     with contextlib.suppress(JobError), Job(seconds=2) as job:
-        return "version" in ask(job, "GET", "/api/version")
+        return "version" in ask(job, "/api/version")
     return False
 
 
@@ -1269,12 +1269,11 @@ def is_local() -> bool:
     parser.add_argument("--test_input")
     parser.add_argument("--rp_serve_api", action="store_true")
     given, _ = parser.parse_known_args()
-    if given.test_input is not None:  # the SDK would end in a traceback, or take another job instead
-        try:
-            json.loads(given.test_input)["input"]
-        except (ValueError, TypeError, KeyError):
-            form = '{"input": {"message": "Hello"}}'
-            raise SystemExit(f"--test_input must be JSON such as {form}.") from None
+    try:  # the SDK would end in a traceback, or take another job instead
+        json.loads(given.test_input or '{"input": {}}')["input"]
+    except (ValueError, TypeError, KeyError):
+        form = '{"input": {"message": "Hello"}}'
+        raise SystemExit(f"--test_input must be JSON such as {form}.") from None
     return not ON_RUNPOD or given.rp_serve_api or given.test_input is not None
 
 
