@@ -346,15 +346,22 @@ def with_system_role(turn: dict[str, Any]) -> dict[str, Any]:
 
 def chat_pieces(lines: Iterator[bytes], job: Job) -> Iterator[Piece]:
     """What Ollama's chunks are to a chat's caller; a plain answer is a stream of one chunk."""
-    said: dict[str, Any] = {"thinking": "", "tool_calls": []}
+    thinking = ""
+    calls: list[Any] = []
     for line in lines:
         chunk = parsed(line)
         message = chunk.get("message") or {}
         text = message.get("content") or ""
-        for kind, so_far in said.items():
-            said[kind] = so_far + (message.get(kind) or type(so_far)())
+        thinking += message.get("thinking") or ""
+        calls += message.get("tool_calls") or []
         if chunk.get("done"):
-            yield chat_answer(chunk, {} if job.streamed else {"response": text}, said, job)
+            yield {
+                "status": "success",
+                **({} if job.streamed else {"response": text}),
+                **({"thinking": thinking} if thinking else {}),
+                **({"tool_calls": calls} if calls else {}),
+                **counts(chunk, job),
+            }
             return
         job.token()
         if text:
@@ -362,18 +369,13 @@ def chat_pieces(lines: Iterator[bytes], job: Job) -> Iterator[Piece]:
     raise JobError(BROKEN_OFF, cure="new runner")
 
 
-def chat_answer(
-    last: dict[str, Any], response: dict[str, str], said: dict[str, Any], job: Job
-) -> dict[str, Any]:
-    """The answer, or a stream's last piece, with Ollama's counts of tokens and of ns."""
+def counts(last: dict[str, Any], job: Job) -> dict[str, Any]:
+    """The model, tokens, and times in s, from the last of Ollama's chunks, which has ns."""
     read, written = last.get("prompt_eval_count", 0), last.get("eval_count", 0)
     times = {"load_s": "load", "prompt_s": "prompt_eval", "generate_s": "eval", "total_s": "total"}
     job.tokens = written
     return {
-        "status": "success",
-        **response,
         "model": last["model"],
-        **{kind: all_of_it for kind, all_of_it in said.items() if all_of_it},
         "usage": {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written},
         "timings": {name: last.get(f"{part}_duration", 0) / 1e9 for name, part in times.items()},
     }
@@ -935,8 +937,13 @@ class Server:
             elif not is_ollama():
                 no_answer = "GET /api/version was not answered within 2 s"
                 raise JobError(f"{ADDRESS} is taken by something that is not Ollama: {no_answer}.")
-            if self.must_load:  # a laptop's Ollama loads what a job asks for
-                self._load(job)
+            try:
+                if process or self.must_load:
+                    self._load(job)
+            except JobError as error:
+                if self.must_load:
+                    raise
+                log(f"warning: {error}")  # on a laptop a job may ask for another model
             return process
 
     def _spawn(self) -> subprocess.Popen[bytes]:
@@ -1029,7 +1036,7 @@ server = Server()
 # URLs and the requests of both polls stay the SDK's. `sdk` lists the names: they are private, hence
 # runpod<1.13. tests/test_sdk.py runs the SDK's own loop and tells when a line here is no longer true.
 
-CHUNK_CHARACTERS = 150_000  # RunPod's limit is 1 MB, and JSON writes a character in up to 6 bytes
+CHUNK_CHARACTERS = 85_000  # 512 kB: JSON writes a character in up to 6 bytes. RunPod's limit is 1 MB
 POLL_SECONDS = 90  # a long poll for jobs or stops, as in the SDK
 POST_SECONDS, DELIVERY_SECONDS = 5, 30  # one try, and all tries, of one chunk or result
 

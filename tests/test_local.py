@@ -233,6 +233,7 @@ def test_the_server_gets_what_a_worker_needs_unless_it_is_set(
         try:
             eventually(api.listens, 30)
             state = requests.get(f"http://{env['OLLAMA_HOST']}/test/state", timeout=5).json()
+            assert state["loaded"] == ["llama3:latest"]
             assert {
                 "OLLAMA_HOST": env["OLLAMA_HOST"],
                 "OLLAMA_KEEP_ALIVE": "-1",
