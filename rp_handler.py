@@ -1092,7 +1092,7 @@ class Queue:
             stopped()
 
     def _stop(self) -> None:
-        if self.stopping.is_set():
+        if self.stopping.is_set() and not server.failure:  # whose signal is no second one
             end(1, "a second signal", grace=0)
         self.stopping.set()
 

@@ -233,6 +233,20 @@ def test_a_restart_that_fails_or_hangs_ends_the_worker_with_the_reason(
         assert not [line for line in worked.worker.log.splitlines() if line.endswith("in 0.4 s")]
 
 
+def test_a_server_that_fails_for_good_after_sigterm_leaves_no_job_without_an_answer(
+    tmp_path: Path,
+) -> None:
+    with failing_later(tmp_path, "exit 1") as worked:
+        worked.control("script", first_ms=60_000)
+        job = worked.endpoint.run({"message": "Hi"})
+        worked.running()
+        worked.worker.terminate()
+        eventually(lambda: "stopping: " in worked.worker.log)
+        os.kill(worked.state()["pid"], signal.SIGKILL)
+        assert worked.ends() == 1
+        assert worked.endpoint.status(job)["status"] == "FAILED", worked.worker.log
+
+
 def unhealthy(worked: Worked) -> dict[str, str]:
     (report,) = [ping for ping in worked.worker.pings if ping.get("status") == "unhealthy"]
     return report
