@@ -425,7 +425,7 @@ ROUTES = {
     "reasoning truncation",
     "/v1/embeddings": "model input dimensions encoding_format",
 }
-TAKES_TOOLS: dict[str, bool] = {}  # by model: asked once
+TAKES_NO_TOOLS: set[str] = set()  # models that have refused them
 
 
 def openai_route(job_input: dict[str, Any], job: Job) -> Iterator[Piece]:
@@ -441,11 +441,21 @@ def openai_route(job_input: dict[str, Any], job: Job) -> Iterator[Piece]:
     if known not in ROUTES:
         raise JobError(f"Unknown route {shown(route)}; there is {', '.join(ROUTES)}.")
     if not ROUTES[known]:
-        return tried(job, f"/v1/models/{model_name(name)}" if name else route, None, completion)
+        yield from tried(job, f"/v1/models/{model_name(name)}" if name else route, None, completion)
+        return
     if not isinstance(sent, dict):
         raise JobError(f'"openai_input" must be the JSON object that {route} takes.')
     body = openai_body(route, sent)
-    return tried(job, route, body, completion_frames if streams(body, job) else completion)
+    read = completion_frames if streams(body, job) else completion
+    try:
+        yield from tried(job, route, body, read)
+    except JobError as error:
+        if not re.fullmatch(r"Ollama \(400\): \S+ does not support tools", str(error)):
+            raise
+        model = body["model"]
+        log(f"warning: {model} takes no tools, so they are dropped; qwen2.5:7b would take them")
+        TAKES_NO_TOOLS.add(model)
+        yield from tried(job, route, openai_body(route, sent), read)
 
 
 def openai_body(route: str, sent: dict[str, Any]) -> dict[str, Any]:
@@ -455,8 +465,8 @@ def openai_body(route: str, sent: dict[str, Any]) -> dict[str, Any]:
     body["model"] = model_name(body.get("model"))
     for limit in {"max_tokens", "max_output_tokens"} & {*fields}:
         body[limit] = max_tokens(body.get(limit) or sent.get("max_completion_tokens"))  # a newer name
-    if sent.get("tool_choice") == "none":  # which Ollama ignores
-        body.pop("tools", None)
+    if sent.get("tool_choice") == "none" or body["model"] in TAKES_NO_TOOLS:
+        body.pop("tools", None)  # Ollama ignores the one, and its 400 for the other would end the call
     for turns in {"messages", "input"} & {*body}:
         if isinstance(body[turns], list):
             body[turns] = [mended(turn) for turn in body[turns]]
@@ -510,19 +520,6 @@ def completion_frames(lines: Iterator[bytes], job: Job) -> Iterator[Piece]:
         raise JobError(BROKEN_OFF, cure="new runner")
     if not event:
         yield "data: [DONE]\n\n"
-
-
-def without_idle_tools(body: dict[str, Any] | None, job: Job) -> dict[str, Any] | None:
-    """The body, less its tools where its model takes none: Ollama's 400 would end the call."""
-    if not body or not body.get("tools"):
-        return body
-    model = body["model"]
-    if model not in TAKES_TOOLS:
-        shows = ask(job, "/api/show", {"model": model})
-        TAKES_TOOLS[model] = "tools" in (shows.get("capabilities") or [])
-        if not TAKES_TOOLS[model]:
-            log(f"warning: {model} takes no tools, so they are dropped; qwen2.5:7b would take them")
-    return body if TAKES_TOOLS[model] else {key: body[key] for key in body if key != "tools"}
 
 
 # ---- VAPI's server messages: https://docs.vapi.ai/server-url/events ----------------------------------
@@ -692,8 +689,7 @@ def tried(
     for tries in itertools.count(1):
         server.ready(job, again=tries > 1)
         try:
-            asked = body if path == "/api/chat" else without_idle_tools(body, job)
-            for piece in read(exchange(job, path, asked), job):
+            for piece in read(exchange(job, path, body), job):
                 begun, job.model = True, model
                 yield piece
             return
