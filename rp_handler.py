@@ -410,21 +410,11 @@ def streams(body: dict[str, Any], job: Job) -> bool:
 
 # ---- The OpenAI route, which VAPI's custom-llm calls -------------------------------------------------
 
-# What may pass, and the fields that Ollama knows in its body; a route without fields is a GET.
-COMMON = (
-    "model stream stream_options max_tokens seed stop temperature top_p frequency_penalty "
-    "presence_penalty logprobs"
-)
-ROUTES = {
-    "/v1/models": "",
-    "/v1/models/{model}": "",
-    "/v1/chat/completions": f"{COMMON} top_logprobs messages response_format tools "
-    "reasoning reasoning_effort",
-    "/v1/completions": f"{COMMON} prompt suffix",
-    "/v1/responses": "model stream max_output_tokens temperature top_p input instructions tools text "
-    "reasoning truncation",
-    "/v1/embeddings": "model input dimensions encoding_format",
-}
+# What may pass: the routes that take a body, and the fields that Ollama knows in one of them or more.
+ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings")
+FIELDS = """model messages prompt suffix input instructions tools stream stream_options response_format
+text max_tokens max_output_tokens reasoning reasoning_effort temperature top_p seed stop truncation
+frequency_penalty presence_penalty logprobs top_logprobs dimensions encoding_format""".split()
 TAKES_NO_TOOLS: set[str] = set()  # models that have refused them
 
 
@@ -436,13 +426,12 @@ def openai_route(job_input: dict[str, Any], job: Job) -> Iterator[Piece]:
     route, sent = job_input["openai_route"], job_input.get("openai_input")
     # Users paste a URL that already ends so, and VAPI's client adds the path again.
     route = str(route).replace("/chat/completions/chat/completions", "/chat/completions", 1)
-    base, _, name = route.partition("/v1/models/")
-    known = "/v1/models/{model}" if name and not base else route
-    if known not in ROUTES:
-        raise JobError(f"Unknown route {shown(route)}; there is {', '.join(ROUTES)}.")
-    if not ROUTES[known]:
-        yield from tried(job, f"/v1/models/{model_name(name)}" if name else route, None, completion)
+    if models := re.fullmatch("/v1/models(?:/(.+))?", route):
+        model_name(models[1])
+        yield from tried(job, route, None, completion)
         return
+    if route not in ROUTES:
+        raise JobError(f"Unknown route {shown(route)}; there is /v1/models, {', '.join(ROUTES)}.")
     if not isinstance(sent, dict):
         raise JobError(f'"openai_input" must be the JSON object that {route} takes.')
     body = openai_body(route, sent)
@@ -460,11 +449,10 @@ def openai_route(job_input: dict[str, Any], job: Job) -> Iterator[Piece]:
 
 def openai_body(route: str, sent: dict[str, Any]) -> dict[str, Any]:
     """What of a body goes on: VAPI adds private fields, such as the caller's number; they stop here."""
-    fields = ROUTES[route].split()
-    body = {field: sent[field] for field in fields if sent.get(field) is not None}
+    body = {field: sent[field] for field in FIELDS if sent.get(field) is not None}
     body["model"] = model_name(body.get("model"))
-    for limit in {"max_tokens", "max_output_tokens"} & {*fields}:
-        body[limit] = max_tokens(body.get(limit) or sent.get("max_completion_tokens"))  # a newer name
+    limit = "max_output_tokens" if route == "/v1/responses" else "max_tokens"
+    body[limit] = max_tokens(body.get(limit) or sent.get("max_completion_tokens"))  # a newer name
     if sent.get("tool_choice") == "none" or body["model"] in TAKES_NO_TOOLS:
         body.pop("tools", None)  # Ollama ignores the one, and its 400 for the other would end the call
     for turns in {"messages", "input"} & {*body}:
