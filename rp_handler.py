@@ -489,25 +489,21 @@ def completion(lines: Iterator[bytes], job: Job) -> Iterator[Piece]:
 
 
 def completion_frames(lines: Iterator[bytes], job: Job) -> Iterator[Piece]:
-    finished, event = False, ""
+    event = ""  # /v1/responses names its frames in a line before the data
     for line in lines:
-        if line.startswith(b"event: "):  # /v1/responses names its frames in a line before the data
+        if line.startswith(b"event: "):
             event = line.decode() + "\n"
-        if not line.startswith(b"data: {"):
             continue
-        chunk = parsed(line[6:])
+        done = line == b"data: [DONE]"
+        chunk = {} if done else parsed(line.removeprefix(b"data: "))
         if chunk.get("model") == "":  # the last frame of a runner that died; no word of it else
             break
-        choices = chunk.get("choices") or []
-        if event == "event: response.completed\n" or any(one.get("finish_reason") for one in choices):
-            finished = True
-        elif choices or ".delta" in event:
+        if ".delta" in event or any(not one.get("finish_reason") for one in chunk.get("choices") or []):
             job.token()
         yield f"{event}{line.decode('utf-8', 'replace')}\n\n"
-    if not finished:
-        raise JobError(BROKEN_OFF, cure="new runner")
-    if not event:
-        yield "data: [DONE]\n\n"
+        if done or event == "event: response.completed\n":
+            return
+    raise JobError(BROKEN_OFF, cure="new runner")
 
 
 # ---- VAPI's server messages: https://docs.vapi.ai/server-url/events ----------------------------------
