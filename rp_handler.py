@@ -354,6 +354,10 @@ def chat_pieces(lines: Iterator[bytes], job: Job) -> Iterator[Piece]:
         text = message.get("content") or ""
         thinking += message.get("thinking") or ""
         calls += message.get("tool_calls") or []
+        if not chunk.get("done"):
+            job.token()
+        if text and job.streamed:
+            yield {"response": text}
         if chunk.get("done"):
             yield {
                 "status": "success",
@@ -363,9 +367,6 @@ def chat_pieces(lines: Iterator[bytes], job: Job) -> Iterator[Piece]:
                 **counts(chunk, job),
             }
             return
-        job.token()
-        if text:
-            yield {"response": text}
     raise JobError(BROKEN_OFF, cure="new runner")
 
 

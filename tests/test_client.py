@@ -173,6 +173,16 @@ def test_a_stop_before_the_connection_leaves_none_open() -> None:
         assert player.played == 0
 
 
+def test_the_words_of_a_streams_last_line_reach_the_caller() -> None:
+    # Ollama holds back what may become a tool call, and says in the last line what became none.
+    done = b'{"model": "m", "message": {"content": "{}"}, "done": true}\n'
+    event = {"id": "job-1", "input": {"message": "Hi", "stream": True}}
+    with playing(say(body(done, len(done)))):
+        first, last = answer(Job(event, streams=True, seconds=5))
+    assert first == {"response": "{}"}
+    assert isinstance(last, dict) and last["status"] == "success" and "response" not in last
+
+
 @pytest.mark.parametrize("name", ["http_proxy", "ALL_PROXY"])
 def test_no_proxy_stands_before_loopback(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
