@@ -35,6 +35,7 @@ import atexit
 import collections
 import contextlib
 import contextvars
+import copy
 import functools
 import itertools
 import json
@@ -331,7 +332,7 @@ def chat_messages(job_input: dict[str, Any]) -> list[dict[str, Any]]:
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
             form = '{"role": "user", "content": "…"}'
             raise JobError(f'"messages" must be a list of turns that is not empty, each like {form}.')
-    messages = [with_system_role(turn) for turn in messages]
+    messages = mended(messages)
     if system is not None and not isinstance(system, str):
         raise JobError('"system" must be a text.')
     if system is None and not any(turn["role"] == "system" for turn in messages):
@@ -339,9 +340,20 @@ def chat_messages(job_input: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"role": "system", "content": system}, *messages] if system else messages
 
 
-def with_system_role(turn: dict[str, Any]) -> dict[str, Any]:
-    """OpenAI's newer name for `system`; Ollama's templates drop a turn of that role in silence."""
-    return {**turn, "role": "system"} if turn.get("role") == "developer" else turn
+def mended(turns: Any) -> Any:
+    """Turns as Ollama takes them: its templates drop OpenAI's newer name for `system` in silence, and it
+    refuses the `content: null` and `arguments: ""` that VAPI sends. What is no turn stays as it is."""
+    turns = copy.deepcopy(turns)
+    for turn in turns if isinstance(turns, list) else []:
+        with contextlib.suppress(AttributeError, KeyError, TypeError):
+            if turn["role"] == "developer":
+                turn["role"] = "system"
+            if turn.get("content") is None:
+                turn["content"] = ""
+            for call in turn.get("tool_calls") or []:
+                if call["function"]["arguments"] == "":
+                    call["function"]["arguments"] = "{}"
+    return turns
 
 
 def chat_pieces(lines: Iterator[bytes], job: Job) -> Iterator[Piece]:
@@ -457,29 +469,13 @@ def openai_body(route: str, sent: dict[str, Any]) -> dict[str, Any]:
     if sent.get("tool_choice") == "none" or body["model"] in TAKES_NO_TOOLS:
         body.pop("tools", None)  # Ollama ignores the one, and its 400 for the other would end the call
     for turns in {"messages", "input"} & {*body}:
-        if isinstance(body[turns], list):
-            body[turns] = [mended(turn) for turn in body[turns]]
+        body[turns] = mended(body[turns])
     # Thinking is dead air on a call, unless it is asked for.
     if route == "/v1/responses" and isinstance(reasoning := body.get("reasoning", {}), dict):
         body["reasoning"] = {"effort": "none", **reasoning}
     elif route == "/v1/chat/completions" and "reasoning" not in body:
         body.setdefault("reasoning_effort", "none")
     return body
-
-
-def mended(turn: Any) -> Any:
-    """A turn as Ollama takes it: it refuses the `content: null` and `arguments: ""` that VAPI sends."""
-    if not isinstance(turn, dict) or "role" not in turn:  # a text to embed, the output of a function
-        return turn
-    turn = {**with_system_role(turn), "content": "" if turn.get("content") is None else turn["content"]}
-    if isinstance(turn.get("tool_calls"), list):
-        turn["tool_calls"] = calls = [*turn["tool_calls"]]
-        for at, call in enumerate(calls):
-            if function := part(call, "function") if isinstance(call, dict) else {}:
-                given = function.get("arguments") or "{}"
-                text = given if isinstance(given, str) else json.dumps(given)
-                calls[at] = {**call, "function": {**function, "arguments": text}}
-    return turn
 
 
 def completion(lines: Iterator[bytes], job: Job) -> Iterator[Piece]:
