@@ -322,22 +322,17 @@ def chat_body(job_input: dict[str, Any]) -> dict[str, Any]:
 
 def chat_messages(job_input: dict[str, Any]) -> list[dict[str, Any]]:
     message, messages, system = (job_input.get(name) for name in ("message", "messages", "system"))
-    if (message is None) == (messages is None):
-        raise JobError('A chat needs "message", a text, or "messages", a list of turns (not both).')
-    if messages is None:
-        if not isinstance(message, str) or not message.strip():
-            raise JobError('"message" must be a text that is not empty.')
-        messages = [{"role": "user", "content": message}]
-    for turn in messages if isinstance(messages, list) and messages else [None]:
-        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
-            form = '{"role": "user", "content": "…"}'
-            raise JobError(f'"messages" must be a list of turns that is not empty, each like {form}.')
-    messages = mended(messages)
+    if messages is None and isinstance(message, str) and message.strip():
+        message, messages = None, [{"role": "user", "content": message}]
+    turns = mended(messages) if message is None and isinstance(messages, list) else []
+    if not turns or not all(isinstance(turn, dict) and turn.get("role") for turn in turns):
+        forms = '"message", a text, or "messages", a list of turns like {"role": "user", "content": "…"}'
+        raise JobError(f"A chat needs {forms} (not both, and not empty).")
     if system is not None and not isinstance(system, str):
         raise JobError('"system" must be a text.')
-    if system is None and not any(turn["role"] == "system" for turn in messages):
+    if system is None and not any(turn["role"] == "system" for turn in turns):
         system = SYSTEM_PROMPT
-    return [{"role": "system", "content": system}, *messages] if system else messages
+    return [{"role": "system", "content": system}, *turns] if system else turns
 
 
 def mended(turns: Any) -> Any:
