@@ -297,15 +297,10 @@ def chat(job_input: dict[str, Any], job: Job) -> Iterator[Piece]:
     With "stream": true, {"response": "<text>"} for each token and a last piece without "response".
     Shapes: https://github.com/ollama/ollama/blob/main/docs/api.md
     """
-    body = chat_body(job_input)
-    body["stream"] = streams(job_input, job)
-    return tried(job, "/api/chat", body, chat_pieces)
-
-
-def chat_body(job_input: dict[str, Any]) -> dict[str, Any]:
     body = {field: job_input[field] for field in CHAT_FIELDS if job_input.get(field) is not None}
     body["model"] = model_name(job_input.get("model"))
     body["messages"] = chat_messages(job_input)
+    body["stream"] = streams(job_input, job)
     body.setdefault("think", False)  # thinking is dead air unless it is asked for
     options = body.setdefault("options", {})
     if not isinstance(options, dict):
@@ -317,7 +312,7 @@ def chat_body(job_input: dict[str, Any]) -> dict[str, Any]:
             reload = f'"{name}": {given} would load the model anew under everybody\'s calls'
             raise JobError(f"{reload}: leave it out; {sets} sets it for all.")
     body["options"] = {**options, "num_predict": max_tokens(options.get("num_predict"))}
-    return body
+    return tried(job, "/api/chat", body, chat_pieces)
 
 
 def chat_messages(job_input: dict[str, Any]) -> list[dict[str, Any]]:

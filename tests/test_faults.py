@@ -391,10 +391,10 @@ def test_a_batch_with_malformed_entries_runs_the_others(worked: Worked) -> None:
 
 
 def test_a_defect_is_placed_in_the_workers_own_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rp_handler, "chat_body", lambda _: json.loads("{"))
+    monkeypatch.setattr(rp_handler, "chat_messages", lambda _: json.loads("{"))
     error = handler({"id": "job-1", "input": {"message": "Hi"}})["error"]
     found = re.search(r"JSONDecodeError in line (\d+)\); please report it", error)
-    assert found and "chat_body(" in HANDLER.read_text().splitlines()[int(found[1]) - 1]
+    assert found and "chat_messages(" in HANDLER.read_text().splitlines()[int(found[1]) - 1]
 
 
 def test_each_line_of_the_log_is_whole(worked: Worked) -> None:
