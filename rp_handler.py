@@ -56,6 +56,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from reprlib import repr as shown  # short enough to stand in an error
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import urlsplit
@@ -259,12 +260,6 @@ def part(body: dict[str, Any], name: str) -> dict[str, Any]:
     """The object under `name`; an empty one where the caller sent none, or something else."""
     value = body.get(name)
     return value if isinstance(value, dict) else {}
-
-
-def shown(value: Any) -> str:
-    """A value of the caller's, short enough to stand in an error."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def log(text: str, job: Job | None = None) -> None:
