@@ -421,7 +421,7 @@ def openai_route(job_input: dict[str, Any], job: Job) -> Iterator[Piece]:
 
     Shapes: https://github.com/ollama/ollama/blob/main/docs/api/openai-compatibility.mdx
     """
-    route, sent = job_input["openai_route"], job_input.get("openai_input")
+    route, sent = job_input.get("openai_route"), job_input.get("openai_input")
     # Users paste a URL that already ends so, and VAPI's client adds the path again.
     route = str(route).replace("/chat/completions/chat/completions", "/chat/completions", 1)
     if models := re.fullmatch("/v1/models(?:/(.+))?", route):

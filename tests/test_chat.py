@@ -154,6 +154,7 @@ BAD_EVENTS: list[tuple[Any, str]] = [
     ({"input": {}}, "message"),
     ({"input": {"type": "sing", "message": "Hi"}}, "'sing'.*chat.*vapi_webhook"),
     ({"input": {"type": 7}}, "type 7"),
+    ({"input": {"type": "openai"}}, "Unknown route"),
     ({"input": {"type": ["chat"]}}, "type"),
     ({"input": {"type": None, "message": "Hi"}}, "type"),
     ({"input": {"message": ""}}, "not empty"),
