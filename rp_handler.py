@@ -351,31 +351,24 @@ def chat_pieces(lines: Iterator[bytes], job: Job) -> Iterator[Piece]:
         text = message.get("content") or ""
         thinking += message.get("thinking") or ""
         calls += message.get("tool_calls") or []
-        if not chunk.get("done"):
-            job.token()
         if text and job.streamed:
             yield {"response": text}
         if chunk.get("done"):
-            yield {
-                "status": "success",
-                **({} if job.streamed else {"response": text}),
-                **({"thinking": thinking} if thinking else {}),
-                **({"tool_calls": calls} if calls else {}),
-                **counts(chunk, job),
-            }
-            return
-    raise JobError(BROKEN_OFF, cure="new runner")
-
-
-def counts(last: dict[str, Any], job: Job) -> dict[str, Any]:
-    """The model, tokens, and times in s, from the last of Ollama's chunks, which has ns."""
-    read, written = last.get("prompt_eval_count", 0), last.get("eval_count", 0)
+            break
+        job.token()
+    else:
+        raise JobError(BROKEN_OFF, cure="new runner")
+    read, written = chunk.get("prompt_eval_count", 0), chunk.get("eval_count", 0)
     times = {"load_s": "load", "prompt_s": "prompt_eval", "generate_s": "eval", "total_s": "total"}
     job.tokens = written
-    return {
-        "model": last["model"],
+    yield {
+        "status": "success",
+        **({} if job.streamed else {"response": text}),
+        **({"thinking": thinking} if thinking else {}),
+        **({"tool_calls": calls} if calls else {}),
+        "model": chunk["model"],
         "usage": {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written},
-        "timings": {name: last.get(f"{part}_duration", 0) / 1e9 for name, part in times.items()},
+        "timings": {name: chunk.get(f"{part}_duration", 0) / 1e9 for name, part in times.items()},  # ns
     }
 
 
