@@ -336,8 +336,7 @@ def mended(turns: Any) -> Any:
             if turn.get("content") is None:
                 turn["content"] = ""
             for call in turn.get("tool_calls") or []:
-                if call["function"]["arguments"] == "":
-                    call["function"]["arguments"] = "{}"
+                call["function"]["arguments"] = call["function"].get("arguments") or "{}"
     return turns
 
 
