@@ -34,7 +34,6 @@ import asyncio
 import atexit
 import collections
 import contextlib
-import contextvars
 import copy
 import functools
 import itertools
@@ -491,8 +490,7 @@ def vapi_webhook(job_input: dict[str, Any], job: Job) -> Iterator[Piece]:
     data = part(job_input, "webhook_data")
     message = data.get("message")
     if isinstance(message, str):
-        speaking_for.set(job)
-        response: Any = ask_model(message)
+        response: Any = ask_model(job, message)
     elif isinstance(message, dict):
         response = VAPI_MESSAGES.get(str(message.get("type")), {})  # a type only told, or a new one
         if callable(response):
@@ -505,9 +503,9 @@ def vapi_webhook(job_input: dict[str, Any], job: Job) -> Iterator[Piece]:
     yield postable({"status": "success", "vapi_response": response, "call_id": call_id})
 
 
-def ask_model(message: str) -> str:
+def ask_model(job: Job, message: str) -> str:
     """The model's answer to a text; as a tool, what a caller's assistant may ask it in a call."""
-    *_, last = chat({"message": message}, speaking_for.get())
+    *_, last = chat({"message": message}, job)
     return last["response"]  # type: ignore[index]
 
 
@@ -515,46 +513,42 @@ def ask_model(message: str) -> str:
 # by name and returns a text. Those of one message run side by side, each in a thread.
 TOOLS: dict[str, Callable[..., Any]] = {"ask_model": ask_model}
 TOOL_SECONDS = 15  # VAPI waits 20 s for all results
-speaking_for: contextvars.ContextVar[Job] = contextvars.ContextVar("speaking_for")
 
 
 def tool_calls(message: dict[str, Any], job: Job) -> dict[str, Any]:
     """Runs the calls of one message; {"results": […]} in the order of the calls."""
     listed = message.get("toolCallList")
-    listed = listed if isinstance(listed, list) else []
-    calls = [called(call) for call in listed if isinstance(call, dict)]
+    listed = [call for call in listed if isinstance(call, dict)] if isinstance(listed, list) else []
+    functions = [part(call, "function") or call for call in listed]  # name and arguments, or flat
     pool = ThreadPoolExecutor(32)
-    running = [pool.submit(tool_result, name, arguments, job) for _, name, arguments in calls]
+    running = [pool.submit(tool_result, function, job) for function in functions]
     seconds = min(TOOL_SECONDS, job.left())
     wait(running, seconds)
-    late = {"error": f"The tool took longer than {seconds:.3g} s."}
-    results = [
-        {"toolCallId": call_id, "name": name, **(each.result() if each.done() else late)}
-        for (call_id, name, _), each in zip(calls, running, strict=True)
-    ]
+    results = []
+    for call, function, each in zip(listed, functions, running, strict=True):
+        late = {"error": f"The tool took longer than {seconds:.3g} s."}
+        head = {"toolCallId": call.get("id", ""), "name": str(function.get("name", ""))}
+        results.append({**head, **(each.result() if each.done() else late)})
     pool.shutdown(wait=False, cancel_futures=True)  # a model that still speaks ends with the job
     return {"results": results}
 
 
-def called(call: dict[str, Any]) -> tuple[Any, str, Any]:
-    """A call's id, name and arguments; VAPI sends the latter two inside `function` or flat."""
-    function = part(call, "function") or call
-    name, arguments = function.get("name"), function.get("arguments", function.get("parameters"))
-    return call.get("id", ""), name if isinstance(name, str) else "", arguments
-
-
-def tool_result(name: str, arguments: Any, job: Job) -> dict[str, str]:
+def tool_result(function: dict[str, Any], job: Job) -> dict[str, str]:
     """{"result": text} of one call, or {"error": text}: the model never makes an answer up."""
+    name, arguments = (
+        str(function.get("name", "")),
+        function.get("arguments", function.get("parameters")),
+    )
     if name not in TOOLS:
         return {"error": one_line(f"There is no tool {shown(name)}; there is {', '.join(TOOLS)}.")}
-    speaking_for.set(job)
     try:
         if isinstance(arguments, str):  # VAPI sends an object, or JSON text
             with contextlib.suppress(ValueError):
                 arguments = json.loads(arguments)
         if arguments and not isinstance(arguments, dict):
             raise JobError("its arguments must be a JSON object.")
-        result = TOOLS[name](**(arguments or {}))
+        tool = functools.partial(ask_model, job) if TOOLS[name] is ask_model else TOOLS[name]
+        result = tool(**(arguments or {}))
         return {"result": one_line(result if isinstance(result, str) else json.dumps(result))}
     except Exception as error:
         return {"error": one_line(f"{name} failed: {error}")}
