@@ -560,33 +560,6 @@ def function_call(message: dict[str, Any], job: Job) -> dict[str, Any]:
     return {key: result[key] for key in ("result", "error") if key in result}
 
 
-def assistant(_message: dict[str, Any], _job: Job) -> dict[str, Any]:
-    """Who takes a call. VAPI waits 7.5 s, so the model is never asked."""
-    if VAPI_ASSISTANT_ID:
-        return {"assistantId": VAPI_ASSISTANT_ID}
-    if not RUNPOD_ENDPOINT_ID:
-        return {"error": "No assistant is set up for this number."}
-    model = {
-        "provider": "custom-llm",
-        "url": f"https://api.runpod.ai/v2/{RUNPOD_ENDPOINT_ID}/openai/v1",
-        "model": MODELS[0],
-        "messages": [{"role": "system", "content": SYSTEM_PROMPT}],
-    }
-    return {"assistant": {"firstMessage": VAPI_FIRST_MESSAGE, "model": model}}
-
-
-def transfer(_message: dict[str, Any], _job: Job) -> dict[str, Any]:
-    if not VAPI_TRANSFER_NUMBER:
-        return {"error": "There is no number to transfer to; VAPI_TRANSFER_NUMBER sets one."}
-    return {"destination": {"type": "number", "number": VAPI_TRANSFER_NUMBER}}
-
-
-def handoff(_message: dict[str, Any], _job: Job) -> dict[str, Any]:
-    if not VAPI_ASSISTANT_ID:
-        return {"error": "There is no assistant to hand off to; VAPI_ASSISTANT_ID sets one."}
-    return {"destination": {"type": "assistant", "assistantId": VAPI_ASSISTANT_ID}}
-
-
 # The words that VAPI's reasons begin with, and those of one word [its openapi.json, 603 reasons].
 ENDED_REASON = (
     "(assistant|call|campaign|customer|exceeded|manually|phone|pipeline|scheduled|silence|twilio|vonage"
@@ -610,19 +583,35 @@ def end_of_call(message: dict[str, Any], job: Job) -> dict[str, Any]:
     return {}
 
 
-# A message's type, and its answer or what makes it.
+# A message's type, and its answer or what makes it. VAPI waits 7.5 s for most: only tools ask the model.
 VAPI_MESSAGES: dict[str, dict[str, Any] | Callable[[dict[str, Any], Job], dict[str, Any]]] = {
-    "assistant-request": assistant,
+    "assistant-request": {"error": "No assistant is set up for this number."},
     "tool-calls": tool_calls,
     "function-call": function_call,
-    "transfer-destination-request": transfer,
-    "handoff-destination-request": handoff,
+    "transfer-destination-request": {"error": "There is no number; VAPI_TRANSFER_NUMBER sets one."},
+    "handoff-destination-request": {"error": "There is no assistant; VAPI_ASSISTANT_ID sets one."},
     "knowledge-base-request": {"documents": []},
     "call.endpointing.request": {"timeoutSeconds": 0.5},
     "campaign.predial": {"eligible": True},
     "voice-request": {"error": "This worker makes no audio; choose one of VAPI's voices."},
     "end-of-call-report": end_of_call,
 }
+if RUNPOD_ENDPOINT_ID:  # then an assistant that talks to this very endpoint
+    CUSTOM_LLM = {
+        "provider": "custom-llm",
+        "url": f"https://api.runpod.ai/v2/{RUNPOD_ENDPOINT_ID}/openai/v1",
+        "model": MODELS[0],
+        "messages": [{"role": "system", "content": SYSTEM_PROMPT}],
+    }
+    ASSISTANT = {"firstMessage": VAPI_FIRST_MESSAGE, "model": CUSTOM_LLM}
+    VAPI_MESSAGES["assistant-request"] = {"assistant": ASSISTANT}
+if VAPI_ASSISTANT_ID:
+    HANDOFF = {"type": "assistant", "assistantId": VAPI_ASSISTANT_ID}
+    VAPI_MESSAGES["assistant-request"] = {"assistantId": VAPI_ASSISTANT_ID}
+    VAPI_MESSAGES["handoff-destination-request"] = {"destination": HANDOFF}
+if VAPI_TRANSFER_NUMBER:
+    TRANSFER = {"type": "number", "number": VAPI_TRANSFER_NUMBER}
+    VAPI_MESSAGES["transfer-destination-request"] = {"destination": TRANSFER}
 
 # ---- The Ollama client -------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import runpy
 import shutil
 import socket
 import subprocess
@@ -30,22 +31,29 @@ from rp_handler import handler
 CALL = {"id": "call-1", "orgId": "org-1", "customer": {"number": "+15550100"}}
 
 
-def job_for(message: Any, **beside: Any) -> dict[str, Any]:
+def event(message: Any, **beside: Any) -> dict[str, Any]:
     job_input = {"type": "vapi_webhook", "webhook_data": {"message": message, **beside}}
-    return handler({"id": "job-1", "input": job_input})
+    return {"id": "job-1", "input": job_input}
 
 
-def answer(kind: str, **fields: Any) -> Any:
-    done = job_for({"type": kind, "call": CALL, "timestamp": 1795000000000, **fields})
+def job_for(message: Any, **beside: Any) -> dict[str, Any]:
+    return handler(event(message, **beside))
+
+
+def answer(kind: str, worker: Callable[..., dict[str, Any]] = handler, **fields: Any) -> Any:
+    done = worker(event({"type": kind, "call": CALL, "timestamp": 1795000000000, **fields}))
     assert set(done) == {"status", "vapi_response", "call_id"}, done
     assert done["status"] == "success" and done["call_id"] == "call-1"
     return done["vapi_response"]
 
 
-@pytest.fixture(autouse=True)
-def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("VAPI_ASSISTANT_ID", "VAPI_TRANSFER_NUMBER", "RUNPOD_ENDPOINT_ID"):
-        monkeypatch.setattr(rp_handler, name, "")
+def set_up(**settings: str) -> Callable[..., dict[str, Any]]:
+    """The handler of a worker that starts with these settings, and with no other of VAPI's."""
+    unset = dict.fromkeys(("VAPI_ASSISTANT_ID", "VAPI_TRANSFER_NUMBER", "RUNPOD_ENDPOINT_ID"), "")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**unset, **settings}.items():
+            patch.setenv(name, value)
+        return runpy.run_path(rp_handler.__file__)["handler"]
 
 
 # -- messages that need no model ------------------------------------------------------------------
@@ -83,25 +91,21 @@ def test_a_message_is_answered_without_the_model(ollama: Ollama, kind: str) -> N
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_is_not_set_up_is_refused_without_the_model(ollama: Ollama, kind: str) -> None:
-    said = answer(kind)
+    said = answer(kind, set_up())
     assert set(said) == {"error"} and said["error"].startswith(REFUSED[kind])
     assert ollama.requests() == []
 
 
 @pytest.mark.parametrize("kind", SET)
-def test_assistant_and_destinations_come_from_the_settings(
-    monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    monkeypatch.setattr(rp_handler, "VAPI_TRANSFER_NUMBER", "+15550123")
-    monkeypatch.setattr(rp_handler, "VAPI_ASSISTANT_ID", "as-1")
-    assert answer(kind) == SET[kind]
+def test_assistant_and_destinations_come_from_the_settings(kind: str) -> None:
+    worker = set_up(
+        VAPI_TRANSFER_NUMBER="+15550123", VAPI_ASSISTANT_ID="as-1", RUNPOD_ENDPOINT_ID="abc123"
+    )
+    assert answer(kind, worker) == SET[kind]
 
 
-def test_assistant_request_makes_an_assistant_that_talks_to_this_endpoint(
-    monkeypatch: pytest.MonkeyPatch, ollama: Ollama
-) -> None:
-    monkeypatch.setattr(rp_handler, "RUNPOD_ENDPOINT_ID", "abc123")
-    assert answer("assistant-request") == {
+def test_assistant_request_makes_an_assistant_that_talks_to_this_endpoint(ollama: Ollama) -> None:
+    assert answer("assistant-request", set_up(RUNPOD_ENDPOINT_ID="abc123")) == {
         "assistant": {
             "firstMessage": "Hello! How can I help you?",
             "model": {
