@@ -583,7 +583,7 @@ def end_of_call(message: dict[str, Any], job: Job) -> dict[str, Any]:
     return {}
 
 
-# A message's type, and its answer or what makes it. VAPI waits 7.5 s for most: only tools ask the model.
+# A message's type, and its answer or what makes it. VAPI waits 7.5 s for an assistant: no model speaks.
 VAPI_MESSAGES: dict[str, dict[str, Any] | Callable[[dict[str, Any], Job], dict[str, Any]]] = {
     "assistant-request": {"error": "No assistant is set up for this number."},
     "tool-calls": tool_calls,
