@@ -520,9 +520,8 @@ def tool_calls(message: dict[str, Any], job: Job) -> dict[str, Any]:
     listed = message.get("toolCallList")
     listed = [call for call in listed if isinstance(call, dict)] if isinstance(listed, list) else []
     functions = [part(call, "function") or call for call in listed]  # name and arguments, or flat
-    pool = ThreadPoolExecutor(32)
+    seconds, pool = min(TOOL_SECONDS, job.left()), ThreadPoolExecutor(32)
     running = [pool.submit(tool_result, function, job) for function in functions]
-    seconds = min(TOOL_SECONDS, job.left())
     wait(running, seconds)
     results = []
     for call, function, each in zip(listed, functions, running, strict=True):
@@ -578,7 +577,7 @@ def end_of_call(message: dict[str, Any], job: Job) -> dict[str, Any]:
         times = [message[key].replace("Z", "+00:00") for key in ("startedAt", "endedAt")]
         started, ended = map(datetime.fromisoformat, times)
         seconds = (ended - started).total_seconds()
-    seconds = seconds if type(seconds) in (int, float) else "-"
+    seconds = seconds if type(seconds) in (int, float) and 0 <= seconds < 1e6 else "-"
     log(f"call={call} ended: {reason} after {seconds} s", job)
     return {}
 
@@ -973,7 +972,7 @@ server = Server()
 # URLs and the requests of both polls stay the SDK's. `sdk` lists the names: they are private, hence
 # runpod<1.13. tests/test_sdk.py runs the SDK's own loop and tells when a line here is no longer true.
 
-CHUNK_CHARACTERS = 85_000  # 512 kB: JSON writes a character in up to 6 bytes. RunPod's limit is 1 MB
+CHUNK_CHARACTERS = 128 * 1024  # of up to 4 bytes: 512 kB. RunPod's limit for a streamed chunk is 1 MB
 POLL_SECONDS = 90  # a long poll for jobs or stops, as in the SDK
 POST_SECONDS, DELIVERY_SECONDS = 5, 30  # one try, and all tries, of one chunk or result
 

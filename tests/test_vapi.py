@@ -145,6 +145,7 @@ CALL_ID = "0f3b6c1e-8a34-4b58-9a6e-1f0f5a4b7c21"
         ("+15551234567", {"endedReason": "he said zebra"}, "call=- ended: - after - s"),
         (5, {"endedReason": None, "startedAt": 5, "endedAt": None}, "call=- ended: - after - s"),
         (None, {"endedReason": "zebra-zebra", "durationSeconds": "zebra"}, "call=- ended: - after - s"),
+        (CALL_ID, {"endedReason": "hangup", "durationSeconds": 15551234567}, "ended: hangup after - s"),
     ],
 )
 def test_end_of_call_logs_one_line_and_no_transcript(
