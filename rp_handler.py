@@ -335,7 +335,8 @@ def mended(turns: Any) -> Any:
             if turn.get("content") is None:
                 turn["content"] = ""
             for call in turn.get("tool_calls") or []:
-                call["function"]["arguments"] = call["function"].get("arguments") or "{}"
+                if call["function"]["arguments"] == "":  # {} is right in a chat
+                    call["function"]["arguments"] = "{}"
     return turns
 
 

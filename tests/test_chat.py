@@ -84,6 +84,16 @@ def test_the_role_developer_is_system_which_ollama_knows(ollama: Ollama) -> None
     assert ollama.last()["body"]["messages"] == [{"role": "system", "content": "Rhyme."}, turns[1]]
 
 
+@pytest.mark.parametrize("function", [{"name": "clock", "arguments": {}}, {"name": "clock"}])
+def test_a_call_without_arguments_goes_back_as_this_worker_answers_it(
+    ollama: Ollama, function: dict[str, Any]
+) -> None:
+    asked = {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}
+    history = [{"role": "user", "content": "Hi"}, asked, {"role": "tool", "content": "12:30"}]
+    assert ask(messages=history, system="")["status"] == "success"
+    assert ollama.last()["body"]["messages"] == history
+
+
 def test_the_empty_system_message_means_none(ollama: Ollama) -> None:
     ask(message="Hi", system="")
     assert ollama.last()["body"]["messages"] == [{"role": "user", "content": "Hi"}]
