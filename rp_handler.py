@@ -80,12 +80,12 @@ if not ON_RUNPOD:
         raise SystemExit(".env must be a text in UTF-8.") from None
 
 
-def setting(name: str, default: str, read: Callable[[str], Any], form: str) -> Any:
-    """The value of environment variable `name`; one that `read` refuses, or a number that is not above
-    zero, stops the start."""
+def setting(name: str, default: str, read: Callable[[str], Any] | dict[str, Any], form: str) -> Any:
+    """The value of environment variable `name`; one that `read` refuses or has not, or a number that is
+    not above zero, stops the start."""
     text = os.environ.get(name, "").strip() or default
     try:
-        value = read(text)
+        value = read[text.lower()] if isinstance(read, dict) else read(text)
         if type(value) in (int, float) and not 0 < value < 1e9:
             raise ValueError
         return value
@@ -105,11 +105,10 @@ def host_and_port(text: str) -> tuple[str, int]:
     return "127.0.0.1" if url.hostname in (None, "0.0.0.0", "::") else url.hostname, port
 
 
-LEVELS = {"ERROR": "ERROR", "WARN": "WARN", "WARNING": "WARN", "INFO": "INFO", "DEBUG": "DEBUG"}
+LEVELS = {"error": "ERROR", "warn": "WARN", "warning": "WARN", "info": "INFO", "debug": "DEBUG"}
 # The SDK's default logs every word of a caller, and a name that it does not know ends in a traceback.
-os.environ["RUNPOD_LOG_LEVEL"] = setting(
-    "RUNPOD_LOG_LEVEL", "INFO", lambda text: LEVELS[text.upper()], "DEBUG, INFO, WARN or ERROR"
-)
+LEVEL = setting("RUNPOD_LOG_LEVEL", "INFO", LEVELS, "DEBUG, INFO, WARN or ERROR")
+os.environ["RUNPOD_LOG_LEVEL"] = LEVEL
 OLLAMA = setting("OLLAMA_HOST", "127.0.0.1:11434", host_and_port, "host:port, spoken to over http")
 ADDRESS = f"[{OLLAMA[0]}]:{OLLAMA[1]}" if ":" in OLLAMA[0] else f"{OLLAMA[0]}:{OLLAMA[1]}"
 MODELS = setting("MODELS", "llama3:latest qwen2.5:7b", str.split, "model names, blanks between them")
@@ -118,9 +117,7 @@ MAX_TOKENS = setting("MAX_TOKENS", "1024", int, "a whole number above 0")
 REQUEST_TIMEOUT = setting("REQUEST_TIMEOUT", "50", float, "seconds above 0")
 STARTUP_TIMEOUT = setting("STARTUP_TIMEOUT", "300", float, "seconds above 0")
 CONTEXT_LENGTH = setting("OLLAMA_CONTEXT_LENGTH", "4096", int, "a whole number above 0")
-STREAMING = setting(
-    "STREAMING", "true", lambda text: {"true": True, "false": False}[text.lower()], "true or false"
-)
+STREAMING = setting("STREAMING", "true", {"true": True, "false": False}, "true or false")
 VAPI_ASSISTANT_ID = os.environ.get("VAPI_ASSISTANT_ID", "")
 VAPI_FIRST_MESSAGE = os.environ.get("VAPI_FIRST_MESSAGE", "Hello! How can I help you?")
 VAPI_TRANSFER_NUMBER = os.environ.get("VAPI_TRANSFER_NUMBER", "")
