@@ -362,7 +362,7 @@ def chat_pieces(lines: Iterator[bytes], job: Job) -> Iterator[Piece]:
         **({} if job.streamed else {"response": text}),
         **({"thinking": thinking} if thinking else {}),
         **({"tool_calls": calls} if calls else {}),
-        "model": chunk["model"],
+        "model": chunk.get("model", ""),
         "usage": {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written},
         "timings": {name: chunk.get(f"{part}_duration", 0) / 1e9 for name, part in times.items()},  # ns
     }
@@ -532,10 +532,8 @@ def tool_calls(message: dict[str, Any], job: Job) -> dict[str, Any]:
 
 def tool_result(function: dict[str, Any], job: Job) -> dict[str, str]:
     """{"result": text} of one call, or {"error": text}: the model never makes an answer up."""
-    name, arguments = (
-        str(function.get("name", "")),
-        function.get("arguments", function.get("parameters")),
-    )
+    name = str(function.get("name", ""))
+    arguments = function.get("arguments", function.get("parameters"))
     if name not in TOOLS:
         return {"error": one_line(f"There is no tool {shown(name)}; there is {', '.join(TOOLS)}.")}
     try:
@@ -547,7 +545,7 @@ def tool_result(function: dict[str, Any], job: Job) -> dict[str, str]:
         tool = functools.partial(ask_model, job) if TOOLS[name] is ask_model else TOOLS[name]
         result = tool(**(arguments or {}))
         return {"result": one_line(result if isinstance(result, str) else json.dumps(result))}
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return {"error": one_line(f"{name} failed: {error}")}
 
 

@@ -10,6 +10,7 @@ import runpy
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -185,6 +186,7 @@ def tools(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "echo": lambda text: f"said {text}",
         "fail": fail,
         "look_up": lambda: json.loads("<html>"),
+        "leave": lambda: sys.exit("good bye"),
         "stuck": lambda: ended[0].wait(10),
         "after_the_next": after_the_next,
         "table": lambda: {"a": [1]},
@@ -223,6 +225,7 @@ def test_arguments_are_read_in_every_form(call: dict[str, Any]) -> None:
         (called("echo", None), "echo failed: .*missing"),
         (called("fail", {}), "fail failed: the line is dead"),
         (called("look_up", {}), "look_up failed: Expecting value: line 1"),
+        (called("leave", {}), "leave failed: good bye"),
         ({"id": "tc-1"}, "There is no tool ''"),
         ({"id": "tc-1", "function": "echo"}, "There is no tool ''"),
         (called(["x"], {}), r"There is no tool \"\['x'\]\""),  # type: ignore[arg-type]
@@ -276,7 +279,9 @@ def test_a_failing_model_is_an_error_of_the_call(ollama: Ollama) -> None:
     assert result["error"] == "ask_model failed: Ollama (400): no such luck"
 
 
-NO_TOOL = "There is no tool ''; there is ask_model, echo, fail, look_up, stuck, after_the_next, table."
+NO_TOOL = (
+    "There is no tool ''; there is ask_model, echo, fail, look_up, leave, stuck, after_the_next, table."
+)
 
 
 @pytest.mark.usefixtures("tools")
