@@ -56,7 +56,6 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from reprlib import repr as shown  # short enough to stand in an error
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import urlsplit
 
@@ -964,8 +963,8 @@ server = Server()
 # - a job that its poll brings after SIGTERM never runs    the poll is given up
 # Upstream: 1.12.0 is the newest release, and its repository does the same.
 #
-# All of it lies in the SDK's JobScaler, so Queue stands in that class's place; start, checks, pings,
-# URLs and the requests of both polls stay the SDK's. `sdk` lists the names: they are private, hence
+# All of it lies in the SDK's JobScaler, so `main` puts Queue in its place; start, checks, pings, URLs
+# and the requests of both polls stay the SDK's. The names in `Queue.__init__` are private, hence
 # runpod<1.13. tests/test_sdk.py runs the SDK's own loop and tells when a line here is no longer true.
 
 CHUNK_CHARACTERS = 128 * 1024  # of up to 4 bytes: 512 kB. RunPod's limit for a streamed chunk is 1 MB
@@ -973,36 +972,22 @@ POLL_SECONDS = 90  # a long poll for jobs or stops, as in the SDK
 POST_SECONDS, DELIVERY_SECONDS = 5, 30  # one try, and all tries, of one chunk or result
 
 
-@functools.cache
-def sdk() -> SimpleNamespace:
-    """All that the worker takes of the SDK; a name that a release has not is an error that says it."""
-    from runpod import http_client
-    from runpod.serverless.modules import rp_fitness, rp_http, rp_job, rp_scale, worker_state
-
-    return SimpleNamespace(
-        get_auth_header=http_client.get_auth_header,
-        report_unhealthy=rp_fitness._report_unhealthy,
-        JOB_DONE_URL=rp_http.JOB_DONE_URL,
-        JOB_STREAM_URL=rp_http.JOB_STREAM_URL,
-        get_job=rp_job.get_job,
-        get_stop_signals=rp_job.get_stop_signals,
-        JobScaler=rp_scale.JobScaler,
-        JobsProgress=worker_state.JobsProgress,
-    )
-
-
 class Queue:
     """Takes the endpoint's jobs, runs each in a task and delivers what comes; all in one event loop."""
 
-    def __init__(self, _config: Any = None) -> None:
+    def __init__(self) -> None:
+        from runpod import http_client
+        from runpod.serverless.modules import rp_http, rp_job, worker_state
+
+        self.headers = http_client.get_auth_header()
+        self.get_job, self.get_stop_signals = rp_job.get_job, rp_job.get_stop_signals
+        self.done_url, self.stream_url = rp_http.JOB_DONE_URL, rp_http.JOB_STREAM_URL
+        self.progress = worker_state.JobsProgress()  # what the SDK's pings tell
         self.tasks: dict[str, asyncio.Task[None]] = {}  # by job id: they hold the worker's places
         self.early_stops: collections.deque[str] = collections.deque(maxlen=100)  # before their job
         self.stopping = asyncio.Event()
 
-    def start(self) -> None:  # the SDK calls it
-        asyncio.run(self._serve())
-
-    async def _serve(self) -> None:
+    async def serve(self) -> None:
         """Until a signal, or a server that cannot be kept; then the jobs under way finish."""
         import aiohttp
 
@@ -1010,7 +995,7 @@ class Queue:
             asyncio.get_running_loop().add_signal_handler(signum, self._stop)
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60)
         limit = aiohttp.ClientTimeout(POLL_SECONDS)
-        how = {"connector": connector, "headers": sdk().get_auth_header(), "timeout": limit}
+        how = {"connector": connector, "headers": self.headers, "timeout": limit}
         async with aiohttp.ClientSession(**how) as self.session:
             loops = (self._take_jobs(), self._hear_stops(), self.stopping.wait())
             taking, *others = [asyncio.ensure_future(each) for each in loops]
@@ -1039,12 +1024,11 @@ class Queue:
         """A long poll for as many jobs as there are places."""
         while self.stopping.is_set() or not server.up.is_set() or len(self.tasks) >= MAX_CONCURRENCY:
             await asyncio.sleep(0.02)
-        return await sdk().get_job(self.session, MAX_CONCURRENCY - len(self.tasks))
+        return await self.get_job(self.session, MAX_CONCURRENCY - len(self.tasks))
 
     def _begin(self, event: dict[str, Any]) -> None:
         job = Job(event, streams=STREAMING)
-        progress = sdk().JobsProgress()  # what the SDK's pings tell
-        progress.add(job.id)
+        self.progress.add(job.id)
         task = self.tasks[job.id] = asyncio.ensure_future(self._run(job))
 
         def give_place_back(task: asyncio.Task[None]) -> None:  # also before the task's first step
@@ -1052,13 +1036,13 @@ class Queue:
                 log(f"defect: {type(task.exception()).__name__} while delivering", job)
             job.stop()
             del self.tasks[job.id]
-            progress.remove(job.id)
+            self.progress.remove(job.id)
 
         task.add_done_callback(give_place_back)
 
     async def _hear_stops(self) -> None:
         """Cancels the jobs that were cancelled, or have run into their policy, at the platform."""
-        async for job_id in polled(lambda: sdk().get_stop_signals(self.session)):
+        async for job_id in polled(lambda: self.get_stop_signals(self.session)):
             if job_id in self.tasks:
                 self.tasks[job_id].cancel()
             else:
@@ -1079,13 +1063,13 @@ class Queue:
             result = {"output": pieces if STREAMING else piece}
             try:
                 if STREAMING:
-                    await self._deliver(job, f"{sdk().JOB_STREAM_URL}&isStream=false", {"output": piece})
+                    await self._deliver(job, f"{self.stream_url}&isStream=false", {"output": piece})
             except JobError as error:
                 if job.streamed:  # a whole object is in the result too
                     result = {"error": str(error)}
                     break
         job.stop()
-        url = f"{sdk().JOB_DONE_URL}&isStream={str(STREAMING).lower()}"
+        url = f"{self.done_url}&isStream={str(STREAMING).lower()}"
         try:
             await self._deliver(job, url, result)
         except JobError as error:
@@ -1184,7 +1168,7 @@ def stopped(*_: object) -> NoReturn:
     end(0, "stopped by a signal")
 
 
-def end(code: int, reason: str, grace: float = 5, check: str = "ollama") -> NoReturn:
+def end(code: int, reason: str, grace: float = 5, report: bool = True) -> NoReturn:
     """Every ending passes through here, in the main thread: says why, ends what was started, and itself.
 
     `code` 0: done, or asked to by a signal; 1: failed, or not let finish. Ollama has `grace` s to end.
@@ -1193,9 +1177,11 @@ def end(code: int, reason: str, grace: float = 5, check: str = "ollama") -> NoRe
         signal.signal(signum, lambda *_: end(1, "a second signal", grace=0))
     log(f"{'error' if code else 'ended'}: {reason}")
     server.stop(grace)
-    if code and ON_RUNPOD:  # the platform hears why, as from the SDK's own checks
+    if code and ON_RUNPOD and report:  # the platform hears why, as from the SDK's own checks
         with contextlib.suppress(ImportError, AttributeError):
-            sdk().report_unhealthy(check, reason)
+            from runpod.serverless.modules import rp_fitness
+
+            rp_fitness._report_unhealthy("ollama", reason)
     for child in multiprocessing.active_children():  # the SDK's pings
         child.kill()
     sys.stdout.flush()
@@ -1231,26 +1217,22 @@ def main() -> None:
         import runpod  # 0.4 s, and 1.1 s more where its debugger asks for the CPU's name
 
         cpuinfo.get_cpu_info = get_cpu_info
-        sdk()
+        modules, endpoint = runpod.serverless.modules, Queue()
+        modules.rp_scale.JobScaler.start = lambda _: asyncio.run(endpoint.serve())
+        # A check of the SDK's that fails would end the process past Ollama.
+        failed_check = "a check of the SDK failed; its line says which"
+        modules.rp_fitness._terminate_unhealthy = lambda code: end(code, failed_check, report=False)
     except (ImportError, AttributeError) as error:
         end(1, f"This worker needs runpod>=1.12,<1.13. {error}")
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
-    async def local_handler(event: dict[str, Any]) -> dict[str, Any]:
-        return await asyncio.to_thread(handler, event)  # jobs of --rp_serve_api run side by side
-
-    def checks_beside_the_load() -> None:
-        runpod.serverless.register_fitness_check(server.ready)  # behind the SDK's: GPU, network, …
-
-    modules = runpod.serverless.modules
-    modules.rp_scale.JobScaler = Queue
-    # A check of the SDK's that fails would end the process past Ollama, and one can hang for ever.
-    modules.rp_fitness._report_unhealthy = lambda check, reason: end(1, reason, check=check)
-    runpod.serverless.register_fitness_check(checks_beside_the_load)  # before the first job-take
+    check = runpod.serverless.register_fitness_check  # those run before the first job-take
+    check(lambda: check(server.ready))  # behind the SDK's own, which run beside the load
     try:
         if local:
             server.ready()
-        runpod.serverless.start({"handler": local_handler})
+        # The handler of the local modes: the jobs of --rp_serve_api run side by side.
+        runpod.serverless.start({"handler": lambda event: asyncio.to_thread(handler, event)})
     except JobError as error:
         end(1, str(error))
     except SystemExit as done:  # of the local modes
