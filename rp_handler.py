@@ -828,7 +828,7 @@ class Server:
             with contextlib.suppress(queue.Empty):
                 model = self.suspects.get(timeout=0.05)
                 if self._hangs(model):
-                    log(f"warning: Ollama, or its runner of {model}, hangs and is killed")
+                    log("warning: Ollama, or a runner of a model, hangs and is killed")
                     process.kill()
                     process.wait(10)  # raises where that is not possible
                 else:
