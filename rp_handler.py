@@ -878,14 +878,11 @@ class Server:
             return process
 
     def _spawn(self) -> subprocess.Popen[bytes]:
-        ollama, why = shutil.which("ollama"), ""
-        if not ollama:
-            why = "`ollama` is not on PATH: get it from https://ollama.com/download"
-        elif OLLAMA[0] not in ("localhost", "::1") and not OLLAMA[0].startswith("127."):
-            why = "the worker starts one on loopback only: set OLLAMA_HOST to 127.0.0.1:11434"
-        if why:
-            why += ", or set OLLAMA_HOST to a server that runs."
-            raise JobError(f"No Ollama server answers at {ADDRESS}, and {why}")
+        none = f"No Ollama server answers at OLLAMA_HOST={ADDRESS}, and"
+        if not shutil.which("ollama"):
+            raise JobError(f"{none} `ollama` is not on PATH: get it from https://ollama.com/download.")
+        if OLLAMA[0] not in ("localhost", "::1") and not OLLAMA[0].startswith("127."):
+            raise JobError(f"{none} the worker starts one on loopback only: take 127.0.0.1:11434.")
         with self._lock:
             if self.stopped:
                 raise JobError("The worker ends.")
