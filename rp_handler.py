@@ -29,7 +29,6 @@ Each request to Ollama has a connection of its own: to shut its socket ends the 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import atexit
 import collections
@@ -1185,26 +1184,11 @@ def end(code: int, reason: str, grace: float = 5, report: bool = True) -> NoRetu
     os._exit(code)  # not sys.exit: it would wait for threads that may hang
 
 
-def is_local() -> bool:
-    """Whether the SDK will run local: its arguments say so, or the platform is not there."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--test_input")
-    parser.add_argument("--rp_serve_api", action="store_true")
-    given, _ = parser.parse_known_args()
-    try:  # the SDK would end in a traceback, or take another job instead
-        json.loads(given.test_input or '{"input": {}}')["input"]
-    except (ValueError, TypeError, KeyError):
-        form = '{"input": {"message": "Hello"}}'
-        raise SystemExit(f"--test_input must be JSON such as {form}.") from None
-    return not ON_RUNPOD or given.rp_serve_api or given.test_input is not None
-
-
 def main() -> None:
-    local = is_local()
     for signum in SIGNALS:  # until the queue's loop has its own
         signal.signal(signum, stopped)
     sys.stdout.reconfigure(line_buffering=True, write_through=False)  # type: ignore[union-attr]  # the SDK's lines, whole
-    server.must_load = not local
+    server.must_load = ON_RUNPOD
     server.start()  # loads the model while the SDK is imported
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # RunPod hears of a failure through the SDK only
     try:
@@ -1226,7 +1210,12 @@ def main() -> None:
     check = runpod.serverless.register_fitness_check  # those run before the first job-take
     check(lambda: check(server.ready))  # behind the SDK's own, which run beside the load
     try:
-        if local:
+        given, _ = runpod.serverless.parser.parse_known_args()
+        try:  # the SDK would end in a traceback, or take another job instead
+            json.loads(given.test_input or '{"input": {}}')["input"]
+        except (ValueError, TypeError, KeyError):
+            end(1, '--test_input must be JSON such as {"input": {"message": "Hello"}}.')
+        if given.test_input or given.rp_serve_api or not ON_RUNPOD:  # where the SDK checks nothing
             server.ready()
         # The handler of the local modes: the jobs of --rp_serve_api run side by side.
         runpod.serverless.start({"handler": lambda event: asyncio.to_thread(handler, event)})
