@@ -852,18 +852,9 @@ class Server:
     def _begin(self) -> subprocess.Popen[bytes] | None:
         """Finds the server, or starts one, and loads the default model; returns its own process."""
         with Job(seconds=STARTUP_TIMEOUT, limit="STARTUP_TIMEOUT") as job:
-            process = None if listens() else self._spawn()
-            while process and not listens():
-                if process.poll() is not None:
-                    self._sweep(process)
-                    assert process.stdout
-                    words = process.stdout.read().decode("utf-8", "replace").strip().split("\n")[-1]
-                    why = f"ended with {process.returncode} before it answered: {words}"
-                    raise JobError(one_line(f"`ollama serve` {why}"))
-                time.sleep(min(0.02, job.left()))
-            if process:
-                # Read, so that it never blocks, and kept nowhere: it may one day hold a caller's words.
-                threading.Thread(target=collections.deque, args=(process.stdout, 0), daemon=True).start()
+            process = None
+            if not listens():
+                process = self._spawn(job)
             elif not is_ollama():
                 no_answer = "GET /api/version was not answered within 2 s"
                 raise JobError(f"{ADDRESS} is taken by something that is not Ollama: {no_answer}.")
@@ -876,7 +867,8 @@ class Server:
                 log(f"warning: {error}")  # on a laptop a job may ask for another model
             return process
 
-    def _spawn(self) -> subprocess.Popen[bytes]:
+    def _spawn(self, job: Job) -> subprocess.Popen[bytes]:
+        """Starts a server and waits until it listens."""
         none = f"No Ollama server answers at OLLAMA_HOST={ADDRESS}, and"
         if not shutil.which("ollama"):
             raise JobError(f"{none} `ollama` is not on PATH: get it from https://ollama.com/download.")
@@ -894,6 +886,15 @@ class Server:
                 start_new_session=True,  # Ctrl-C is for the worker, which lets its jobs finish first
             )
         atexit.register(self.stop)  # for who imports `handler`; the worker ends it in `end`
+        while not listens():
+            if process.poll() is not None:
+                self._sweep(process)
+                said = process.communicate()[0].decode("utf-8", "replace").strip().split("\n")
+                ended = f"`ollama serve` ended with {process.returncode} before it answered"
+                raise JobError(one_line(f"{ended}: {said[-1]}"))
+            time.sleep(min(0.02, job.left()))
+        # Read, so that it never blocks, and kept nowhere: it may one day hold a caller's words.
+        threading.Thread(target=collections.deque, args=(process.stdout, 0), daemon=True).start()
         return process
 
     def _load(self, job: Job) -> None:
