@@ -999,8 +999,7 @@ class Queue:
             await asyncio.wait({taking, *others}, return_when=asyncio.FIRST_COMPLETED)
             taking.cancel()  # gives the open poll up: the jobs that are on their way to it are lost
             log("stopping: no new job is taken, those under way finish")
-            while self.tasks:
-                await asyncio.wait(set(self.tasks.values()))
+            await asyncio.gather(*self.tasks.values(), return_exceptions=True)
             if not self.stopping.is_set():
                 end(1, "a loop of the queue has ended")
             stopped()
@@ -1181,7 +1180,6 @@ def end(code: int, reason: str, grace: float = 5, report: bool = True) -> NoRetu
             rp_fitness._report_unhealthy("ollama", reason)
     for child in multiprocessing.active_children():  # the SDK's pings
         child.kill()
-    sys.stdout.flush()
     os._exit(code)  # not sys.exit: it would wait for threads that may hang
 
 
