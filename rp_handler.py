@@ -1121,35 +1121,34 @@ async def bridge(job: Job) -> AsyncIterator[Piece]:
 
     Frames, or texts of a chat, that come while the last piece is posted leave together.
     """
-    pieces: collections.deque[Any] = collections.deque()
-    arrived, loop = asyncio.Event(), asyncio.get_running_loop()
-
-    def arrive(piece: Piece | None) -> None:
-        last: Piece | None = pieces[-1] if pieces else None
-        both: Piece | None = None
-        if isinstance(last, str) and isinstance(piece, str):
-            both = last + piece
-        elif isinstance(last, dict) and isinstance(piece, dict) and {*last, *piece} == {"response"}:
-            both = {"response": last["response"] + piece["response"]}
-        if both and len(str(both)) < CHUNK_CHARACTERS:
-            pieces[-1] = both
-        else:
-            pieces.append(piece)
-        arrived.set()
+    pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
 
     def work() -> None:
         for piece in itertools.chain(answer(job), [None]):
-            loop.call_soon_threadsafe(arrive, piece)
+            loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
     threading.Thread(target=work, daemon=True).start()
-    while True:
-        await arrived.wait()
-        arrived.clear()
-        while pieces:
-            piece = pieces.popleft()
-            if piece is None:
-                return
+    piece = await pieces.get()
+    while piece is not None:
+        if pieces.empty():
             yield piece
+            piece = await pieces.get()
+        elif both := joined(piece, following := pieces.get_nowait()):
+            piece = both
+        else:
+            yield piece
+            piece = following
+
+
+def joined(piece: Any, following: Any) -> Piece | None:
+    """Two frames, or two texts of a chat, as one piece; None for others, and above a chunk's limit."""
+    both: Any = None
+    if isinstance(piece, str) and isinstance(following, str):
+        both = piece + following
+    elif isinstance(following, dict) and [*piece] == [*following] == ["response"]:
+        both = {"response": piece["response"] + following["response"]}
+    return both if len(str(both)) < CHUNK_CHARACTERS else None
 
 
 # ---- The worker's life -------------------------------------------------------------------------------
