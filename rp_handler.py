@@ -796,7 +796,9 @@ class Server:
         try:
             while process := self._begin():
                 self.up.set()
-                self._watch(process)
+                while process.poll() is None:
+                    with contextlib.suppress(queue.Empty):
+                        self._examine(process, self.suspects.get(timeout=0.05))
                 self.up.clear()
                 self._sweep(process)
                 if self.stopped:
@@ -821,20 +823,8 @@ class Server:
                 signal.pthread_kill(threading.main_thread().ident or 0, SIGNALS[0])  # see `stopped`
             self.failed.set()
 
-    def _watch(self, process: subprocess.Popen[bytes]) -> None:
-        """Until the server has ended; one that hangs is ended."""
-        while process.poll() is None:
-            with contextlib.suppress(queue.Empty):
-                model = self.suspects.get(timeout=0.05)
-                if self._hangs(model):
-                    log("warning: Ollama, or a runner of a model, hangs and is killed")
-                    process.kill()
-                    process.wait(10)  # raises where that is not possible
-                else:
-                    self.up.set()
-
-    def _hangs(self, model: str) -> bool:
-        """Whether the server says no version, or its model no token: more than being slow.
+    def _examine(self, process: subprocess.Popen[bytes], model: str) -> None:
+        """Ends a server that says no version, or whose model says no token: more than being slow.
 
         The jobs before it may take their whole time where a model has one slot only: hence the 10 s.
         """
@@ -846,8 +836,12 @@ class Server:
             with Job(seconds=seconds) as job:
                 ask(job, "/api/generate", token)
         except JobError as error:
-            return error.cure == "more time"
-        return False
+            if error.cure == "more time":
+                log("warning: Ollama, or a runner of a model, hangs and is killed")
+                process.kill()
+                process.wait(10)  # raises where that is not possible
+                return
+        self.up.set()
 
     def _begin(self) -> subprocess.Popen[bytes] | None:
         """Finds the server, or starts one, and loads the default model; returns its own process."""
