@@ -22,7 +22,7 @@ Who runs at the same time:
     a thread a job     runs `answer`, the sync core; `bridge` hands its pieces to the loop. It owns its
                        Job, which any thread may `stop`; tools of a VAPI message have threads beside it.
     the keeper         a thread that finds or starts, loads and watches `ollama serve`. It owns Server's
-                       state; jobs wait for its `up` or `failed`, and a signal tells the main thread.
+                       state; jobs wait for its `up` or `failure`, and a signal tells the main thread.
     other processes    `ollama serve`, its runner for each loaded model, and the SDK's pings.
 Each request to Ollama has a connection of its own: to shut its socket ends the generation.
 """
@@ -737,12 +737,12 @@ DEATHS, WITHIN = 5, 600  # so many deaths of the server within so many s are its
 class Server:
     """The Ollama server beside the worker: found running, or started, kept alive and ended.
 
-    It is `up`, or it has `failed`, or its keeper is about it. On RunPod it `must_load`: a worker is not
+    It is `up`, or has a `failure`, or its keeper is about it. On RunPod it `must_load`: a worker is not
     ready without its model, and a failure is final. On a laptop the next job tries anew.
     """
 
     def __init__(self) -> None:
-        self.up, self.failed = threading.Event(), threading.Event()
+        self.up = threading.Event()
         self.failure = ""
         self.suspects: queue.SimpleQueue[str] = queue.SimpleQueue()  # models
         self.must_load = False
@@ -755,7 +755,7 @@ class Server:
         """Begins to find or start the server, in a thread; once, or anew after a failure."""
         with self._lock:
             if not (self.stopped or self.up.is_set() or (self._keeper and self._keeper.is_alive())):
-                self.failed.clear()
+                self.failure = ""
                 self._keeper = threading.Thread(target=self._keep, daemon=True)
                 self._keeper.start()
 
@@ -766,7 +766,7 @@ class Server:
         """
         self.start()
         while not self.up.wait(0.05) or (again and not listens()):
-            if self.failed.is_set():
+            if self.failure:
                 raise JobError(self.failure)
             if job:
                 job.left()
@@ -821,7 +821,6 @@ class Server:
             if self.must_load and not self.stopped:
                 self.stopped = True
                 signal.pthread_kill(threading.main_thread().ident or 0, SIGNALS[0])  # see `stopped`
-            self.failed.set()
 
     def _examine(self, process: subprocess.Popen[bytes], model: str) -> None:
         """Ends a server that says no version, or whose model says no token: more than being slow.
@@ -1040,7 +1039,7 @@ class Queue:
 
     async def _run(self, job: Job) -> None:
         """Delivers what comes of a job, in order, and its result last."""
-        while not (server.up.is_set() or server.failed.is_set()):  # a poll was open as the server died
+        while not (server.up.is_set() or server.failure):  # a poll was open as the server died
             await asyncio.sleep(0.02)
         job.started = time.monotonic()
         pieces: list[Piece] = []
@@ -1200,7 +1199,7 @@ def main() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     check = runpod.serverless.register_fitness_check  # those run before the first job-take
-    check(lambda: check(server.ready))  # behind the SDK's own, which run beside the load
+    check(lambda: check(server.up.wait))  # behind the SDK's own, beside the load; a failure is a signal
     try:
         given, _ = runpod.serverless.parser.parse_known_args()
         try:  # the SDK would end in a traceback, or take another job instead
