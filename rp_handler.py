@@ -1151,9 +1151,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 def stopped(*_: object) -> NoReturn:
     """The end after a signal: the platform's, or that of a server which has failed for good."""
-    if server.failure:
-        end(1, server.failure)
-    end(0, "stopped by a signal")
+    end(1 if server.failure else 0, server.failure or "stopped by a signal")
 
 
 def end(code: int, reason: str, grace: float = 5, report: bool = True) -> NoReturn:
@@ -1192,8 +1190,7 @@ def main() -> None:
         modules, endpoint = runpod.serverless.modules, Queue()
         modules.rp_scale.JobScaler.start = lambda _: asyncio.run(endpoint.serve())
         # A check of the SDK's that fails would end the process past Ollama.
-        failed_check = "a check of the SDK failed; its line says which"
-        modules.rp_fitness._terminate_unhealthy = lambda code: end(code, failed_check, report=False)
+        modules.rp_fitness._terminate_unhealthy = lambda code: end(code, "a check failed", report=False)
     except (ImportError, AttributeError) as error:
         end(1, f"This worker needs runpod>=1.12,<1.13. {error}")
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
