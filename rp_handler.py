@@ -820,7 +820,7 @@ class Server:
             self.failure = str(error) if told else repr(error)
             if self.must_load and not self.stopped:
                 self.stopped = True
-                signal.pthread_kill(threading.main_thread().ident or 0, SIGNALS[0])  # see `stopped`
+                signal.pthread_kill(threading.main_thread().ident or 0, SIGNALS[0])  # `end_by_signal`
 
     def _examine(self, process: subprocess.Popen[bytes], model: str) -> None:
         """Ends a server that says no version, or whose model says no token: more than being slow.
@@ -944,7 +944,7 @@ server = Server()
 # What SDK 1.12 does to a caller                           What is done about it
 # - counts a job twice: half of a burst waits 1 s          places are counted by Queue's own tasks
 # - calls the handler up to 0.1 s after it has the job     the job begins in the same turn of the loop
-# - loses a chunk or a result after one reset or 429       `deliver` posts it again, in order
+# - loses a chunk or a result after one reset or 429       `_deliver` posts it again, in order
 # - a cancel before a job's first step keeps its place     a task's done-callback gives it back …
 # - a cancel reaches no `finally` of a generator handler   … and stops the job
 # - tries a failed job-take again at once, for ever        `polled` pauses, 0.2 to 5 s
@@ -995,7 +995,7 @@ class Queue:
             await asyncio.gather(*self.tasks.values(), return_exceptions=True)
             if not self.stopping.is_set():
                 end(1, "a loop of the queue has ended")
-            stopped()
+            end_by_signal()
 
     def _stop(self) -> None:
         if self.stopping.is_set() and not server.failure:  # whose signal is no second one
@@ -1149,7 +1149,7 @@ def joined(piece: Any, following: Any) -> Piece | None:
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-def stopped(*_: object) -> NoReturn:
+def end_by_signal(*_: object) -> NoReturn:
     """The end after a signal: the platform's, or that of a server which has failed for good."""
     end(1 if server.failure else 0, server.failure or "stopped by a signal")
 
@@ -1175,7 +1175,7 @@ def end(code: int, reason: str, grace: float = 5, report: bool = True) -> NoRetu
 
 def main() -> None:
     for signum in SIGNALS:  # until the queue's loop has its own
-        signal.signal(signum, stopped)
+        signal.signal(signum, end_by_signal)
     sys.stdout.reconfigure(line_buffering=True, write_through=False)  # type: ignore[union-attr]  # the SDK's lines, whole
     server.must_load = ON_RUNPOD
     server.start()  # loads the model while the SDK is imported
@@ -1187,10 +1187,13 @@ def main() -> None:
         import runpod  # 0.4 s, and 1.1 s more where its debugger asks for the CPU's name
 
         cpuinfo.get_cpu_info = get_cpu_info
-        modules, endpoint = runpod.serverless.modules, Queue()
-        modules.rp_scale.JobScaler.start = lambda _: asyncio.run(endpoint.serve())
+        modules = runpod.serverless.modules
+        scaler, fitness = modules.rp_scale.JobScaler, modules.rp_fitness
+        assert callable(scaler.start) and callable(fitness._terminate_unhealthy)  # what is replaced
+        endpoint = Queue()
+        scaler.start = lambda _: asyncio.run(endpoint.serve())
         # A check of the SDK's that fails would end the process past Ollama.
-        modules.rp_fitness._terminate_unhealthy = lambda code: end(code, "a check failed", report=False)
+        fitness._terminate_unhealthy = lambda code: end(code, "a check of the SDK failed", report=False)
     except (ImportError, AttributeError) as error:
         end(1, f"This worker needs runpod>=1.12,<1.13. {error}")
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
