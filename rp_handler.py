@@ -610,14 +610,10 @@ if VAPI_TRANSFER_NUMBER:
 
 TRIES = {"new runner": 2, "free place": 3}
 BROKEN_OFF = "Ollama's answer broke off before its end; try again."
+Reader = Callable[[Iterator[bytes], Job], Iterator[Piece]]  # of the lines of Ollama's answer
 
 
-def tried(
-    job: Job,
-    path: str,
-    body: dict[str, Any] | None,
-    read: Callable[[Iterator[bytes], Job], Iterator[Piece]],
-) -> Iterator[Piece]:
+def tried(job: Job, path: str, body: dict[str, Any] | None, read: Reader) -> Iterator[Piece]:
     """What `read` makes of Ollama's answer; asked again where it helps, as long as nothing has left."""
     begun, model = False, body["model"] if body else "-"
     for tries in itertools.count(1):
@@ -770,9 +766,10 @@ class Server:
                 raise JobError(self.failure)
             if job:
                 job.left()
-            if self.up.is_set() and not self._process:  # somebody else's server, and it is gone
-                self.up.clear()
-                self.start()
+            with self._lock:
+                if self.up.is_set() and not self._process:  # somebody else's server, and it is gone
+                    self.up.clear()
+                    self.start()
 
     def suspect(self, model: str) -> None:
         """A job ran into its limit without a byte: no job is taken until it is known what that was."""
@@ -1194,18 +1191,18 @@ def main() -> None:
         scaler.start = lambda _: asyncio.run(endpoint.serve())
         # A check of the SDK's that fails would end the process past Ollama.
         fitness._terminate_unhealthy = lambda code: end(code, "a check of the SDK failed", report=False)
+        given, _ = runpod.serverless.parser.parse_known_args()
     except (ImportError, AttributeError) as error:
         end(1, f"This worker needs runpod>=1.12,<1.13. {error}")
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     check = runpod.serverless.register_fitness_check  # those run before the first job-take
     check(lambda: check(server.up.wait))  # behind the SDK's own, beside the load; a failure is a signal
+    try:  # the SDK would end in a traceback, or take another job instead
+        json.loads(given.test_input or '{"input": {}}')["input"]
+    except (ValueError, TypeError, KeyError):
+        end(1, '--test_input must be JSON such as {"input": {"message": "Hello"}}.')
     try:
-        given, _ = runpod.serverless.parser.parse_known_args()
-        try:  # the SDK would end in a traceback, or take another job instead
-            json.loads(given.test_input or '{"input": {}}')["input"]
-        except (ValueError, TypeError, KeyError):
-            end(1, '--test_input must be JSON such as {"input": {"message": "Hello"}}.')
         if given.test_input or given.rp_serve_api or not ON_RUNPOD:  # where the SDK checks nothing
             server.ready()
         # The handler of the local modes: the jobs of --rp_serve_api run side by side.

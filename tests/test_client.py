@@ -45,9 +45,10 @@ class Player:
                 while not asked.endswith(b"}"):  # its body; to close before it is read would reset
                     asked += connection.recv(65536)
                 self.played += 1
-                self.part(connection)
-                return
-        self.hung_up.set()
+                try:
+                    self.part(connection)
+                finally:
+                    self.hung_up.set()
 
 
 def trickle(start: bytes, more: bytes) -> Callable[[socket.socket], None]:

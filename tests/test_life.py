@@ -216,6 +216,8 @@ def test_a_job_ends_in_words_at_its_limit(
     done = limited.endpoint.wait(limited.endpoint.run(job))
     assert done.status == "FAILED" and "REQUEST_TIMEOUT=1 s" in done.error
     eventually(lambda: limited.generations()[0]["state"] == "closed")
+    # Taken once it is known that the server does not hang, so that question meets no later script.
+    assert limited.endpoint.runsync({"message": "Hi"})["status"] == "COMPLETED"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +255,22 @@ def test_a_running_server_is_used_and_left_running(worker_environment: dict[str,
         assert done.returncode == 0
         assert len(ollama.requests("/api/chat")) == 1
         assert ollama.answers()
+
+
+def test_a_server_that_was_found_and_has_ended_is_replaced(worker_environment: dict[str, str]) -> None:
+    host = worker_environment["OLLAMA_HOST"]
+    with serving(host, OLLAMA_MODELS=worker_environment["OLLAMA_MODELS"]):
+        api = Api(worker_environment)
+        eventually(api.listens, 30)
+    try:
+        jobs = [{"message": "Hi", "options": {"num_predict": 2}}] * 4
+        with ThreadPoolExecutor(4) as callers:
+            done = list(callers.map(lambda job: api.runsync(**job), jobs))
+        assert [each["status"] for each in done] == ["COMPLETED"] * 4
+        assert sum("'serve'" in each for each in processes_at(host)) == 1
+    finally:
+        api.process.terminate()
+        api.process.wait(10)
 
 
 def test_after_a_kill_the_next_run_finds_the_server_that_was_left(
