@@ -105,8 +105,9 @@ def host_and_port(text: str) -> tuple[str, int]:
 
 LEVELS = {"error": "ERROR", "warn": "WARN", "warning": "WARN", "info": "INFO", "debug": "DEBUG"}
 # The SDK's default logs every word of a caller, and a name that it does not know ends in a traceback.
-LEVEL = setting("RUNPOD_LOG_LEVEL", "INFO", LEVELS, "DEBUG, INFO, WARN or ERROR")
-os.environ["RUNPOD_LOG_LEVEL"] = LEVEL
+os.environ["RUNPOD_LOG_LEVEL"] = setting(
+    "RUNPOD_LOG_LEVEL", "INFO", LEVELS, "DEBUG, INFO, WARN or ERROR"
+)
 OLLAMA = setting("OLLAMA_HOST", "127.0.0.1:11434", host_and_port, "host:port, spoken to over http")
 ADDRESS = f"[{OLLAMA[0]}]:{OLLAMA[1]}" if ":" in OLLAMA[0] else f"{OLLAMA[0]}:{OLLAMA[1]}"
 MODELS = setting("MODELS", "llama3:latest qwen2.5:7b", str.split, "model names, blanks between them")
@@ -436,6 +437,8 @@ def openai_body(route: str, sent: dict[str, Any]) -> dict[str, Any]:
     """What of a body goes on: VAPI adds private fields, such as the caller's number; they stop here."""
     body = {field: sent[field] for field in FIELDS if sent.get(field) is not None}
     body["model"] = model_name(body.get("model"))
+    if route == "/v1/embeddings":  # which Ollama streams for nobody
+        body.pop("stream", None)
     limit = "max_output_tokens" if route == "/v1/responses" else "max_tokens"
     body[limit] = max_tokens(body.get(limit) or sent.get("max_completion_tokens"))  # a newer name
     if sent.get("tool_choice") == "none" or body["model"] in TAKES_NO_TOOLS:
@@ -741,8 +744,7 @@ class Server:
         self.up = threading.Event()
         self.failure = ""
         self.suspects: queue.SimpleQueue[str] = queue.SimpleQueue()  # models
-        self.must_load = False
-        self.stopped = False
+        self.must_load = self.stopped = False
         self._process: subprocess.Popen[bytes] | None = None  # of its own
         self._keeper: threading.Thread | None = None
         self._lock = threading.RLock()  # a signal's handler may stop what its own thread is starting

@@ -481,10 +481,11 @@ def test_thinking_that_was_asked_for_reaches_the_client(local: Loopback) -> None
     assert answer["choices"][0]["message"]["reasoning"] == "Let me see."
 
 
-def test_embeddings_pass(local: Loopback) -> None:
+@pytest.mark.parametrize("more", [{}, {"stream": True}])
+def test_embeddings_pass_and_never_stream(local: Loopback, more: dict[str, bool]) -> None:
     local.script(embeddings=True)
     done = local.target.openai.embeddings.create(
-        model="llama3:latest", input="Hi", encoding_format="float"
+        model="llama3:latest", input="Hi", encoding_format="float", extra_body=more
     )
     assert done.data[0].embedding
 
