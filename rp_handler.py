@@ -763,7 +763,7 @@ class Server:
         Raises JobError once the server has failed.
         """
         self.start()
-        while not self.up.wait(0.05) or (again and not listens()):
+        while not self.up.wait(0.05) or (again and not answers()):
             if self.failure:
                 raise JobError(self.failure)
             if job:
@@ -847,7 +847,7 @@ class Server:
             process = None
             if not listens():
                 process = self._spawn(job)
-            elif not is_ollama():
+            elif not answers():
                 no_answer = "GET /api/version was not answered within 2 s"
                 raise JobError(f"{ADDRESS} is taken by something that is not Ollama: {no_answer}.")
             try:
@@ -930,7 +930,8 @@ def listens() -> bool:
     return False
 
 
-def is_ollama() -> bool:
+def answers() -> bool:
+    """Whether Ollama does: the port of a server that is dying can still take a connection."""
     with contextlib.suppress(JobError), Job(seconds=2) as job:
         return "version" in ask(job, "/api/version")
     return False

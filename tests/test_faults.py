@@ -243,8 +243,10 @@ def test_a_server_that_fails_for_good_after_sigterm_leaves_no_job_without_an_ans
         worked.worker.terminate()
         eventually(lambda: "stopping: " in worked.worker.log)
         os.kill(worked.state()["pid"], signal.SIGKILL)
-        assert worked.ends() == 1
-        assert worked.endpoint.status(job)["status"] == "FAILED", worked.worker.log
+        code = worked.ends()
+        done = worked.endpoint.status(job)
+        assert done["status"] == "FAILED", worked.worker.log
+        assert code == 1, (done, worked.worker.log)
 
 
 def unhealthy(worked: Worked) -> dict[str, str]:
