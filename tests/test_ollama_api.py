@@ -834,8 +834,12 @@ def test_tokens_keep_their_cadence_on_parallel_streams(scripted: Server) -> None
         at = [float(token["created_at"][17:-1]) for token in tokens]
         # An absolute schedule: what comes late does not move what follows.
         assert 0.35 < (at[-1] - at[0]) % 60 < 0.6
-    seen = scripted.get("/test/requests").json()[-8:]
-    assert all(request["tokens"] == 40 and request["state"] == "done" for request in seen)
+
+    def done() -> bool:  # which the server says of itself once the last line has left
+        seen = scripted.get("/test/requests").json()[-8:]
+        return all(request["tokens"] == 40 and request["state"] == "done" for request in seen)
+
+    eventually(done)
 
 
 @pytest.mark.parametrize("path", [CHAT, V1, RESPONSES])
