@@ -37,6 +37,7 @@ import copy
 import functools
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import queue
@@ -84,7 +85,7 @@ def setting(name: str, default: str, read: Callable[[str], Any] | dict[str, Any]
     text = os.environ.get(name, "").strip() or default
     try:
         value = read[text.lower()] if isinstance(read, dict) else read(text)
-        if type(value) in (int, float) and not 0 < value < 1e9:
+        if type(value) in (int, float) and not 0 < value < math.inf:
             raise ValueError
         return value
     except (ValueError, KeyError):
@@ -310,7 +311,7 @@ def chat_messages(job_input: dict[str, Any]) -> list[dict[str, Any]]:
     if messages is None and isinstance(message, str) and message.strip():
         message, messages = None, [{"role": "user", "content": message}]
     turns = mended(messages) if message is None and isinstance(messages, list) else []
-    if not turns or not all(isinstance(turn, dict) and turn.get("role") for turn in turns):
+    if not turns or not all(type(turn) is dict and type(turn.get("role")) is str for turn in turns):
         forms = '"message", a text, or "messages", a list of turns like {"role": "user", "content": "…"}'
         raise JobError(f"A chat needs {forms} (not both, and not empty).")
     if system is not None and not isinstance(system, str):
@@ -396,11 +397,19 @@ def streams(body: dict[str, Any], job: Job) -> bool:
 
 # ---- The OpenAI route, which VAPI's custom-llm calls -------------------------------------------------
 
-# What may pass: the routes that take a body, and the fields that Ollama knows in one of them or more.
-ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings")
-FIELDS = """model messages prompt suffix input instructions tools stream stream_options response_format
-text max_tokens max_output_tokens reasoning reasoning_effort temperature top_p seed stop truncation
-frequency_penalty presence_penalty logprobs top_logprobs dimensions encoding_format""".split()
+# What may pass, beside the models' own GET: the routes, and the fields that Ollama knows in each.
+COMMON = (
+    "model stream stream_options max_tokens seed stop temperature top_p frequency_penalty "
+    "presence_penalty logprobs"
+)
+ROUTES = {
+    "/v1/chat/completions": f"{COMMON} top_logprobs messages response_format tools reasoning "
+    "reasoning_effort",
+    "/v1/completions": f"{COMMON} prompt suffix",
+    "/v1/responses": "model stream max_output_tokens temperature top_p input instructions tools text "
+    "reasoning truncation",
+    "/v1/embeddings": "model input dimensions encoding_format",
+}
 TAKES_NO_TOOLS: set[str] = set()  # models that have refused them
 
 
@@ -435,12 +444,11 @@ def openai_route(job_input: dict[str, Any], job: Job) -> Iterator[Piece]:
 
 def openai_body(route: str, sent: dict[str, Any]) -> dict[str, Any]:
     """What of a body goes on: VAPI adds private fields, such as the caller's number; they stop here."""
-    body = {field: sent[field] for field in FIELDS if sent.get(field) is not None}
+    fields = ROUTES[route].split()
+    body = {field: sent[field] for field in fields if sent.get(field) is not None}
     body["model"] = model_name(body.get("model"))
-    if route == "/v1/embeddings":  # which Ollama streams for nobody
-        body.pop("stream", None)
-    limit = "max_output_tokens" if route == "/v1/responses" else "max_tokens"
-    body[limit] = max_tokens(body.get(limit) or sent.get("max_completion_tokens"))  # a newer name
+    for limit in {"max_tokens", "max_output_tokens"} & {*fields}:
+        body[limit] = max_tokens(body.get(limit) or sent.get("max_completion_tokens"))  # a newer name
     if sent.get("tool_choice") == "none" or body["model"] in TAKES_NO_TOOLS:
         body.pop("tools", None)  # Ollama ignores the one, and its 400 for the other would end the call
     for turns in {"messages", "input"} & {*body}:
@@ -517,30 +525,35 @@ TOOL_SECONDS = 15  # VAPI waits 20 s for all results
 def tool_calls(message: dict[str, Any], job: Job) -> dict[str, Any]:
     """Runs the calls of one message; {"results": […]} in the order of the calls."""
     listed = message.get("toolCallList")
-    listed = [call for call in listed if isinstance(call, dict)] if isinstance(listed, list) else []
-    functions = [part(call, "function") or call for call in listed]  # name and arguments, or flat
+    listed = listed if isinstance(listed, list) else []
+    calls = [called(call) for call in listed if isinstance(call, dict)]
     seconds, pool = min(TOOL_SECONDS, job.left()), ThreadPoolExecutor(32)
-    running = [pool.submit(tool_result, function, job) for function in functions]
+    running = [pool.submit(tool_result, name, arguments, job) for _, name, arguments in calls]
     wait(running, seconds)
-    results = []
-    for call, function, each in zip(listed, functions, running, strict=True):
-        late = {"error": f"The tool took longer than {seconds:.3g} s."}
-        head = {"toolCallId": call.get("id", ""), "name": str(function.get("name", ""))}
-        results.append({**head, **(each.result() if each.done() else late)})
+    late = {"error": f"The tool took longer than {seconds:.3g} s."}
+    results = [
+        {"toolCallId": call_id, "name": name, **(each.result() if each.done() else late)}
+        for (call_id, name, _), each in zip(calls, running, strict=True)
+    ]
     pool.shutdown(wait=False, cancel_futures=True)  # a model that still speaks ends with the job
     return {"results": results}
 
 
-def tool_result(function: dict[str, Any], job: Job) -> dict[str, str]:
+def called(call: dict[str, Any]) -> tuple[Any, str, Any]:
+    """A call's id, name and arguments; VAPI sends the latter two inside `function` or flat."""
+    function = part(call, "function") or call
+    name, arguments = function.get("name"), function.get("arguments", function.get("parameters"))
+    return call.get("id", ""), name if isinstance(name, str) else "", arguments
+
+
+def tool_result(name: str, arguments: Any, job: Job) -> dict[str, str]:
     """{"result": text} of one call, or {"error": text}: the model never makes an answer up."""
-    name = str(function.get("name", ""))
-    arguments = function.get("arguments", function.get("parameters"))
     if name not in TOOLS:
         return {"error": one_line(f"There is no tool {shown(name)}; there is {', '.join(TOOLS)}.")}
     try:
         if isinstance(arguments, str):  # VAPI sends an object, or JSON text
             with contextlib.suppress(ValueError):
-                arguments = json.loads(arguments)
+                arguments = json.loads(arguments.strip() or "{}")
         if arguments and not isinstance(arguments, dict):
             raise JobError("its arguments must be a JSON object.")
         tool = functools.partial(ask_model, job) if TOOLS[name] is ask_model else TOOLS[name]
@@ -579,7 +592,8 @@ def end_of_call(message: dict[str, Any], job: Job) -> dict[str, Any]:
     return {}
 
 
-# A message's type, and its answer or what makes it. VAPI waits 7.5 s for an assistant: no model speaks.
+# A message's type, and its answer or what makes it. VAPI waits 7.5 s for an assistant: of all these
+# only the tools ask the model.
 VAPI_MESSAGES: dict[str, dict[str, Any] | Callable[[dict[str, Any], Job], dict[str, Any]]] = {
     "assistant-request": {"error": "No assistant is set up for this number."},
     "tool-calls": tool_calls,
@@ -618,17 +632,17 @@ Reader = Callable[[Iterator[bytes], Job], Iterator[Piece]]  # of the lines of Ol
 
 def tried(job: Job, path: str, body: dict[str, Any] | None, read: Reader) -> Iterator[Piece]:
     """What `read` makes of Ollama's answer; asked again where it helps, as long as nothing has left."""
-    begun, model = False, body["model"] if body else "-"
+    begun, model = False, body["model"] if body else None
     for tries in itertools.count(1):
         server.ready(job, again=tries > 1)
         try:
             for piece in read(exchange(job, path, body), job):
-                begun, job.model = True, model
+                begun, job.model = True, model or "-"
                 yield piece
             return
         except JobError as error:
             if error.cure == "more time" and not begun:
-                server.suspect(model)
+                server.suspect(model or MODELS[0])
             if begun or tries >= TRIES.get(error.cure or "", 1):
                 raise
             if error.cure == "free place":
@@ -815,7 +829,7 @@ class Server:
             if self._process:
                 self._sweep(self._process)
                 self._process = None
-            told = isinstance(error, (JobError, OSError, subprocess.SubprocessError))
+            told = isinstance(error, (JobError, OSError))
             self.failure = str(error) if told else repr(error)
             if self.must_load and not self.stopped:
                 self.stopped = True
@@ -837,9 +851,12 @@ class Server:
             if error.cure == "more time":
                 log("warning: Ollama, or a runner of a model, hangs and is killed")
                 process.kill()
-                process.wait(10)  # raises where that is not possible
-                return
-        self.up.set()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(10)
+                    return
+                raise JobError("Ollama hangs and cannot be killed.") from None
+        if process.poll() is None:
+            self.up.set()
 
     def _begin(self) -> subprocess.Popen[bytes] | None:
         """Finds the server, or starts one, and loads the default model; returns its own process."""
@@ -910,8 +927,9 @@ class Server:
         share = f"{100 * on_gpu / max(size, 1):.0f} % of it in GPU memory"
         if gpu and on_gpu < size:
             log(f"warning: {share}; a smaller MAX_CONCURRENCY or OLLAMA_CONTEXT_LENGTH helps")
-        seconds = time.monotonic() - STARTED
-        log(f"ready: {name} after {seconds:.1f} s, {size / 2**30:.1f} GiB, {share}")
+        if size:
+            seconds = time.monotonic() - STARTED
+            log(f"ready: {name} after {seconds:.1f} s, {size / 2**30:.1f} GiB, {share}")
 
     def _sweep(self, process: subprocess.Popen[bytes]) -> None:
         """Ends what is left of a server: the runners of one that was killed hold the GPU's memory."""
@@ -957,7 +975,7 @@ server = Server()
 # and the requests of both polls stay the SDK's. The names in `Queue.__init__` are private, hence
 # runpod<1.13. tests/test_sdk.py runs the SDK's own loop and tells when a line here is no longer true.
 
-CHUNK_CHARACTERS = 128 * 1024  # of up to 4 bytes: 512 kB. RunPod's limit for a streamed chunk is 1 MB
+CHUNK_BYTES = 512 * 1024  # RunPod's limit for a streamed chunk is 1 MB, and JSON may double quotes
 POLL_SECONDS = 90  # a long poll for jobs or stops, as in the SDK
 POST_SECONDS, DELIVERY_SECONDS = 5, 30  # one try, and all tries, of one chunk or result
 
@@ -991,6 +1009,7 @@ class Queue:
             taking, *others = [asyncio.ensure_future(each) for each in loops]
             await asyncio.wait({taking, *others}, return_when=asyncio.FIRST_COMPLETED)
             taking.cancel()  # gives the open poll up: the jobs that are on their way to it are lost
+            await asyncio.wait({taking}, timeout=0.1)
             log("stopping: no new job is taken, those under way finish")
             await asyncio.gather(*self.tasks.values(), return_exceptions=True)
             if not self.stopping.is_set():
@@ -1122,26 +1141,29 @@ async def bridge(job: Job) -> AsyncIterator[Piece]:
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
     threading.Thread(target=work, daemon=True).start()
-    piece = await pieces.get()
+    piece, size = await pieces.get(), 0
     while piece is not None:
         if pieces.empty():
             yield piece
-            piece = await pieces.get()
-        elif both := joined(piece, following := pieces.get_nowait()):
+            piece, size = await pieces.get(), 0
+            continue
+        following = pieces.get_nowait()
+        both = joined(piece, following)
+        size = (size or len(json.dumps(piece))) + len(json.dumps(following))
+        if both and size <= CHUNK_BYTES:
             piece = both
         else:
             yield piece
-            piece = following
+            piece, size = following, 0
 
 
 def joined(piece: Any, following: Any) -> Piece | None:
-    """Two frames, or two texts of a chat, as one piece; None for others, and above a chunk's limit."""
-    both: Any = None
+    """Two frames, or two texts of a chat, as one piece; None for any others."""
     if isinstance(piece, str) and isinstance(following, str):
-        both = piece + following
-    elif isinstance(following, dict) and [*piece] == [*following] == ["response"]:
-        both = {"response": piece["response"] + following["response"]}
-    return both if len(str(both)) < CHUNK_CHARACTERS else None
+        return piece + following
+    if isinstance(following, dict) and [*piece] == [*following] == ["response"]:
+        return {"response": piece["response"] + following["response"]}
+    return None
 
 
 # ---- The worker's life -------------------------------------------------------------------------------
@@ -1189,7 +1211,8 @@ def main() -> None:
         cpuinfo.get_cpu_info = get_cpu_info
         modules = runpod.serverless.modules
         scaler, fitness = modules.rp_scale.JobScaler, modules.rp_fitness
-        assert callable(scaler.start) and callable(fitness._terminate_unhealthy)  # what is replaced
+        # A release that lacks one of these says so here; to set it would hide that.
+        assert scaler.start and fitness._terminate_unhealthy and fitness._report_unhealthy
         endpoint = Queue()
         scaler.start = lambda _: asyncio.run(endpoint.serve())
         # A check of the SDK's that fails would end the process past Ollama.
@@ -1199,8 +1222,10 @@ def main() -> None:
         end(1, f"This worker needs runpod>=1.12,<1.13. {error}")
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
-    check = runpod.serverless.register_fitness_check  # those run before the first job-take
-    check(lambda: check(server.up.wait))  # behind the SDK's own, beside the load; a failure is a signal
+    # Registered from within a first check it runs last: the SDK's own run beside the load. A server that
+    # fails is no check's failure but a signal, whatever the SDK waits for.
+    register = runpod.serverless.register_fitness_check
+    register(lambda: register(server.up.wait))
     try:  # the SDK would end in a traceback, or take another job instead
         json.loads(given.test_input or '{"input": {}}')["input"]
     except (ValueError, TypeError, KeyError):

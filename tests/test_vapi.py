@@ -228,7 +228,7 @@ def test_arguments_are_read_in_every_form(call: dict[str, Any]) -> None:
         (called("leave", {}), "leave failed: good bye"),
         ({"id": "tc-1"}, "There is no tool ''"),
         ({"id": "tc-1", "function": "echo"}, "There is no tool ''"),
-        (called(["x"], {}), r"There is no tool \"\['x'\]\""),  # type: ignore[arg-type]
+        (called(["x"], {}), "There is no tool ''"),  # type: ignore[arg-type]
     ],
 )
 def test_a_call_that_fails_is_an_error_for_itself_alone(ollama: Ollama, call: Any, error: str) -> None:
@@ -290,6 +290,7 @@ NO_TOOL = (
     [
         ({"name": "echo", "parameters": {"text": "yes"}}, {"result": "said yes"}),
         ({"name": "table"}, {"result": '{"a": [1]}'}),
+        ({"name": "table", "parameters": " "}, {"result": '{"a": [1]}'}),
         ({"name": "fail", "parameters": {}}, {"error": "fail failed: the line is dead"}),
         (None, {"error": NO_TOOL}),
         ("echo", {"error": NO_TOOL}),
