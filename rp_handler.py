@@ -33,7 +33,6 @@ import asyncio
 import atexit
 import collections
 import contextlib
-import copy
 import functools
 import itertools
 import json
@@ -62,7 +61,7 @@ from urllib.parse import urlsplit
 if TYPE_CHECKING:  # imported where it is used: `ollama serve` starts before anything heavy is
     import requests
 
-# What leaves for the caller: an SSE frame of the OpenAI route, or an object.
+# What leaves for the caller: text of a stream (an SSE frame, or a chat's words), or an object.
 Piece = str | dict[str, Any]
 
 # ---- Settings: each from the environment, read once; the README lists them ---------------------------
@@ -163,7 +162,7 @@ class Job:
         return str(self.event.get("id", "-")) if isinstance(self.event, dict) else "-"
 
     def __enter__(self) -> Job:
-        self.timer = threading.Timer(self.seconds, self.shut)
+        self.timer = threading.Timer(self.seconds, self.stop)
         self.timer.daemon = True
         self.timer.start()
         return self
@@ -175,11 +174,11 @@ class Job:
     def left(self) -> float:
         """Seconds until the job's limit; raises JobError at the limit and once the job is stopped."""
         left = self.started + self.seconds - time.monotonic()
-        if self.stopped:
-            raise JobError("The job was cancelled.")
         if left <= 0:
             limit = f"{self.limit}={self.seconds:g} s"
             raise JobError(f"Not done within {limit}: ask for less, or raise it.", cure="more time")
+        if self.stopped:
+            raise JobError("The job was cancelled.")
         return left
 
     def token(self) -> None:
@@ -189,9 +188,6 @@ class Job:
     def stop(self) -> None:
         """Ends the job's generation at once, from any thread: Ollama stops when its client is gone."""
         self.stopped = True
-        self.shut()
-
-    def shut(self) -> None:
         for connection in self.sockets:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
@@ -214,7 +210,8 @@ def answer(job: Job) -> Iterator[Piece]:
             yield from dispatch(job)
             status = "success"
         except JobError as error:
-            status, text = "stopped" if job.stopped else "error", str(error)
+            cancelled = job.stopped and error.cure != "more time"
+            status, text = "stopped" if cancelled else "error", str(error)
         except RecursionError:
             text = "The input is nested too deeply; send it flatter."
         except Exception as error:
@@ -227,7 +224,7 @@ def answer(job: Job) -> Iterator[Piece]:
         finally:
             log_job(job, status)
     if text:
-        yield postable({"error": one_line(text)[:2000], "status": "error"})
+        yield {"error": one_line(text)[:2000], "status": "error"}
 
 
 def dispatch(job: Job) -> Iterator[Piece]:
@@ -244,12 +241,6 @@ def dispatch(job: Job) -> Iterator[Piece]:
 
 def one_line(text: str) -> str:
     return " ".join(text.split())
-
-
-def postable(answer: dict[str, Any]) -> dict[str, Any]:
-    """The answer without what a caller may have sent and JSON cannot write: lone surrogates, NaN."""
-    text = json.dumps(answer, ensure_ascii=False).encode("utf-8", "replace")
-    return json.loads(text, parse_constant=lambda _: None)
 
 
 def part(body: dict[str, Any], name: str) -> dict[str, Any]:
@@ -285,7 +276,7 @@ LOADED_WITH |= dict.fromkeys(("num_batch", "main_gpu", "use_mmap"))
 def chat(job_input: dict[str, Any], job: Job) -> Iterator[Piece]:
     """Yields {"status", "response", "model", "usage", "timings", "thinking"?, "tool_calls"?}.
 
-    With "stream": true, {"response": "<text>"} for each token and a last piece without "response".
+    With "stream": true, each token's text, posted as {"response"}, and a last piece without "response".
     Shapes: https://github.com/ollama/ollama/blob/main/docs/api.md
     """
     body = {field: job_input[field] for field in CHAT_FIELDS if job_input.get(field) is not None}
@@ -324,7 +315,6 @@ def chat_messages(job_input: dict[str, Any]) -> list[dict[str, Any]]:
 def mended(turns: Any) -> Any:
     """Turns as Ollama takes them: its templates drop OpenAI's newer name for `system` in silence, and it
     refuses the `content: null` and `arguments: ""` that VAPI sends. What is no turn stays as it is."""
-    turns = copy.deepcopy(turns)
     for turn in turns if isinstance(turns, list) else []:
         with contextlib.suppress(AttributeError, KeyError, TypeError):
             if turn["role"] == "developer":
@@ -348,7 +338,7 @@ def chat_pieces(lines: Iterator[bytes], job: Job) -> Iterator[Piece]:
         thinking += message.get("thinking") or ""
         calls += message.get("tool_calls") or []
         if text and job.streamed:
-            yield {"response": text}
+            yield text
         if chunk.get("done"):
             break
         job.token()
@@ -468,20 +458,19 @@ def completion(lines: Iterator[bytes], job: Job) -> Iterator[Piece]:
     yield whole
 
 
-def completion_frames(lines: Iterator[bytes], job: Job) -> Iterator[Piece]:
-    event = ""  # /v1/responses names its frames in a line before the data
-    for line in lines:
-        if line.startswith(b"event: "):
-            event = line.decode() + "\n"
-            continue
-        done = line == b"data: [DONE]"
-        chunk = {} if done else parsed(line.removeprefix(b"data: "))
+def completion_frames(frames: Iterator[bytes], job: Job) -> Iterator[Piece]:
+    """SSE frames, as Ollama sends them: `data: {…}`, in /v1/responses below a line `event: …`."""
+    for frame in frames:
+        _, _, data = frame.partition(b"data: ")
+        done = data == b"[DONE]"
+        chunk = {} if done else parsed(data)
         if chunk.get("model") == "":  # the last frame of a runner that died; no word of it else
             break
+        event = chunk.get("type", "")
         if ".delta" in event or any(not one.get("finish_reason") for one in chunk.get("choices") or []):
             job.token()
-        yield f"{event}{line.decode('utf-8', 'replace')}\n\n"
-        if done or event == "event: response.completed\n":
+        yield frame.decode("utf-8", "replace") + "\n\n"
+        if done or event == "response.completed":
             return
     raise JobError(BROKEN_OFF, cure="new runner")
 
@@ -507,7 +496,10 @@ def vapi_webhook(job_input: dict[str, Any], job: Job) -> Iterator[Piece]:
         raise JobError(f'"webhook_data" must be VAPI\'s body, {forms}.')
     call_id = part(part(data, "message"), "call").get("id") or data.get("call_id")
     call_id = call_id if isinstance(call_id, str) else ""
-    yield postable({"status": "success", "vapi_response": response, "call_id": call_id})
+    answer = {"status": "success", "vapi_response": response, "call_id": call_id}
+    # Without what a caller may have sent and JSON cannot write: lone surrogates, NaN.
+    text = json.dumps(answer, ensure_ascii=False).encode("utf-8", "replace")
+    yield json.loads(text, parse_constant=lambda _: None)
 
 
 def ask_model(job: Job, message: str) -> str:
@@ -655,7 +647,7 @@ def ask(job: Job, path: str, body: dict[str, Any] | None = None) -> dict[str, An
 
 
 def exchange(job: Job, path: str, body: dict[str, Any] | None) -> Iterator[bytes]:
-    """Ollama's answer 200: its lines as they come where `body` asks for a stream, else all of it.
+    """Ollama's answer 200: lines or frames as they come where `body` asks for a stream, else all of it.
 
     Any other answer, and a connection that breaks, is a JobError.
     """
@@ -675,7 +667,8 @@ def exchange(job: Job, path: str, body: dict[str, Any] | None) -> Iterator[bytes
             if response.status_code != 200:
                 refuse(response, job)
             if body and body.get("stream"):
-                yield from filter(None, response.iter_lines(chunk_size=None))
+                end_of_each = b"\n\n" if path.startswith("/v1") else b"\n"
+                yield from filter(None, response.iter_lines(None, delimiter=end_of_each))
             else:
                 yield response.content
     except (OSError, HTTPError) as error:  # what requests raises is an OSError
@@ -750,26 +743,23 @@ DEATHS, WITHIN = 5, 600  # so many deaths of the server within so many s are its
 class Server:
     """The Ollama server beside the worker: found running, or started, kept alive and ended.
 
-    It is `up`, or has a `failure`, or its keeper is about it. On RunPod it `must_load`: a worker is not
-    ready without its model, and a failure is final. On a laptop the next job tries anew.
+    It is `up`, or has a `failure` for good, or its keeper is about it. On RunPod a worker is not ready
+    without its model.
     """
 
     def __init__(self) -> None:
         self.up = threading.Event()
         self.failure = ""
         self.suspects: queue.SimpleQueue[str] = queue.SimpleQueue()  # models
-        self.must_load = self.stopped = False
+        self.stopped = False
         self._process: subprocess.Popen[bytes] | None = None  # of its own
-        self._keeper: threading.Thread | None = None
+        self._keeper = threading.Thread(target=self._keep, daemon=True)
         self._lock = threading.RLock()  # a signal's handler may stop what its own thread is starting
 
     def start(self) -> None:
-        """Begins to find or start the server, in a thread; once, or anew after a failure."""
-        with self._lock:
-            if not (self.stopped or self.up.is_set() or (self._keeper and self._keeper.is_alive())):
-                self.failure = ""
-                self._keeper = threading.Thread(target=self._keep, daemon=True)
-                self._keeper.start()
+        """Begins to find or start the server, in a thread, once."""
+        with self._lock, contextlib.suppress(RuntimeError):  # it has begun
+            self._keeper.start()
 
     def ready(self, job: Job | None = None, again: bool = False) -> None:
         """Waits until the server is up, within the job's time; `again`: after its connection broke.
@@ -777,15 +767,11 @@ class Server:
         Raises JobError once the server has failed.
         """
         self.start()
-        while not self.up.wait(0.05) or (again and not answers()):
+        while not self.up.wait(0.05) or (again and self._process and not answers()):
             if self.failure:
                 raise JobError(self.failure)
             if job:
                 job.left()
-            with self._lock:
-                if self.up.is_set() and not self._process:  # somebody else's server, and it is gone
-                    self.up.clear()
-                    self.start()
 
     def suspect(self, model: str) -> None:
         """A job ran into its limit without a byte: no job is taken until it is known what that was."""
@@ -831,7 +817,7 @@ class Server:
                 self._process = None
             told = isinstance(error, (JobError, OSError))
             self.failure = str(error) if told else repr(error)
-            if self.must_load and not self.stopped:
+            if ON_RUNPOD and not self.stopped:
                 self.stopped = True
                 signal.pthread_kill(threading.main_thread().ident or 0, SIGNALS[0])  # `end_by_signal`
 
@@ -862,22 +848,24 @@ class Server:
         """Finds the server, or starts one, and loads the default model; returns its own process."""
         with Job(seconds=STARTUP_TIMEOUT, limit="STARTUP_TIMEOUT") as job:
             process = None
-            if not listens():
+            try:  # not `answers`: the client takes 0.2 s to import
+                socket.create_connection(OLLAMA, timeout=1).close()
+            except OSError:
                 process = self._spawn(job)
-            elif not answers():
+            if not (process or answers()):
                 no_answer = "GET /api/version was not answered within 2 s"
                 raise JobError(f"{ADDRESS} is taken by something that is not Ollama: {no_answer}.")
             try:
-                if process or self.must_load:
+                if process or ON_RUNPOD:
                     self._load(job)
             except JobError as error:
-                if self.must_load:
+                if ON_RUNPOD:
                     raise
                 log(f"warning: {error}")  # on a laptop a job may ask for another model
             return process
 
     def _spawn(self, job: Job) -> subprocess.Popen[bytes]:
-        """Starts a server and waits until it listens."""
+        """Starts a server and waits until it answers."""
         none = f"No Ollama server answers at OLLAMA_HOST={ADDRESS}, and"
         if not shutil.which("ollama"):
             raise JobError(f"{none} `ollama` is not on PATH: get it from https://ollama.com/download.")
@@ -895,7 +883,7 @@ class Server:
                 start_new_session=True,  # Ctrl-C is for the worker, which lets its jobs finish first
             )
         atexit.register(self.stop)  # for who imports `handler`; the worker ends it in `end`
-        while not listens():
+        while not answers():
             if process.poll() is not None:
                 self._sweep(process)
                 said = process.communicate()[0].decode("utf-8", "replace").strip().split("\n")
@@ -941,15 +929,8 @@ class Server:
                 time.sleep(0.02)
 
 
-def listens() -> bool:
-    """Whether anything does, at OLLAMA_HOST; without the client, which takes 0.2 s to import."""
-    with contextlib.suppress(OSError), socket.create_connection(OLLAMA, timeout=1):
-        return True
-    return False
-
-
 def answers() -> bool:
-    """Whether Ollama does: the port of a server that is dying can still take a connection."""
+    """Whether Ollama does, not only its port: that of a dying server can still take a connection."""
     with contextlib.suppress(JobError), Job(seconds=2) as job:
         return "version" in ask(job, "/api/version")
     return False
@@ -1067,6 +1048,8 @@ class Queue:
             if isinstance(piece, dict) and piece.get("error"):
                 result = {"error": piece["error"]}
                 break
+            if job.kind == "chat" and isinstance(piece, str):
+                piece = {"response": piece}
             pieces.append(piece)
             result = {"output": pieces if STREAMING else piece}
             try:
@@ -1131,39 +1114,29 @@ async def polled(poll: Callable[[], Awaitable[Any]]) -> AsyncIterator[Any]:
 async def bridge(job: Job) -> AsyncIterator[Piece]:
     """The core for an event loop: runs it in a thread, and yields what has come of it meanwhile.
 
-    Frames, or texts of a chat, that come while the last piece is posted leave together.
+    Texts of a stream that come while the last piece is posted leave together.
     """
-    pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
-    loop = asyncio.get_running_loop()
+    pieces: collections.deque[Piece | None] = collections.deque()
+    came, loop = asyncio.Event(), asyncio.get_running_loop()
 
     def work() -> None:
         for piece in itertools.chain(answer(job), [None]):
-            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+            pieces.append(piece)
+            loop.call_soon_threadsafe(came.set)
 
     threading.Thread(target=work, daemon=True).start()
-    piece, size = await pieces.get(), 0
-    while piece is not None:
-        if pieces.empty():
+    while await came.wait():
+        came.clear()
+        while pieces:
+            piece, size = pieces.popleft(), 0
+            while isinstance(piece, str) and pieces and isinstance(following := pieces[0], str):
+                size = (size or len(json.dumps(piece))) + len(json.dumps(following))
+                if size > CHUNK_BYTES:
+                    break
+                piece += pieces.popleft()  # type: ignore[operator]
+            if piece is None:
+                return
             yield piece
-            piece, size = await pieces.get(), 0
-            continue
-        following = pieces.get_nowait()
-        both = joined(piece, following)
-        size = (size or len(json.dumps(piece))) + len(json.dumps(following))
-        if both and size <= CHUNK_BYTES:
-            piece = both
-        else:
-            yield piece
-            piece, size = following, 0
-
-
-def joined(piece: Any, following: Any) -> Piece | None:
-    """Two frames, or two texts of a chat, as one piece; None for any others."""
-    if isinstance(piece, str) and isinstance(following, str):
-        return piece + following
-    if isinstance(following, dict) and [*piece] == [*following] == ["response"]:
-        return {"response": piece["response"] + following["response"]}
-    return None
 
 
 # ---- The worker's life -------------------------------------------------------------------------------
@@ -1199,7 +1172,6 @@ def main() -> None:
     for signum in SIGNALS:  # until the queue's loop has its own
         signal.signal(signum, end_by_signal)
     sys.stdout.reconfigure(line_buffering=True, write_through=False)  # type: ignore[union-attr]  # the SDK's lines, whole
-    server.must_load = ON_RUNPOD
     server.start()  # loads the model while the SDK is imported
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # RunPod hears of a failure through the SDK only
     try:

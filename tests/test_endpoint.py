@@ -509,7 +509,7 @@ def word(frame: str) -> str:
 def test_frames_that_come_during_a_post_leave_together_and_whole(
     local: Loopback, path: str, form: str
 ) -> None:
-    words = ["Grüße ", "日本 ", "🎈 "] * 60
+    words = ["Grüße ", "日本 ", "🎈 ", "data: "] * 45
     local.script(tokens=words, interval_ms=3)
     local.endpoint.platform.round_trip = 0.05
     frames = local.target.sse({TURNS[path]: HI}, path)

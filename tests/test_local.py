@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -257,17 +256,19 @@ def test_a_running_server_is_used_and_left_running(worker_environment: dict[str,
         assert ollama.answers()
 
 
-def test_a_server_that_was_found_and_has_ended_is_replaced(worker_environment: dict[str, str]) -> None:
-    host = worker_environment["OLLAMA_HOST"]
-    with serving(host, OLLAMA_MODELS=worker_environment["OLLAMA_MODELS"]):
+def test_a_server_that_was_found_and_has_gone_is_told_and_used_when_it_is_back(
+    worker_environment: dict[str, str],
+) -> None:
+    host, models = worker_environment["OLLAMA_HOST"], worker_environment["OLLAMA_MODELS"]
+    job = {"message": "Hi", "options": {"num_predict": 2}}
+    with serving(host, OLLAMA_MODELS=models):
         api = Api(worker_environment)
         eventually(api.listens, 30)
     try:
-        jobs = [{"message": "Hi", "options": {"num_predict": 2}}] * 4
-        with ThreadPoolExecutor(4) as callers:
-            done = list(callers.map(lambda job: api.runsync(**job), jobs))
-        assert [each["status"] for each in done] == ["COMPLETED"] * 4
-        assert sum("'serve'" in each for each in processes_at(host)) == 1
+        failed = api.runsync(**job)
+        assert failed["status"] == "FAILED" and "connection to Ollama broke" in failed["error"]
+        with serving(host, OLLAMA_MODELS=models):
+            assert api.runsync(**job)["status"] == "COMPLETED"
     finally:
         api.process.terminate()
         api.process.wait(10)
