@@ -915,9 +915,7 @@ class Server:
         share = f"{100 * on_gpu / max(size, 1):.0f} % of it in GPU memory"
         if gpu and on_gpu < size:
             log(f"warning: {share}; a smaller MAX_CONCURRENCY or OLLAMA_CONTEXT_LENGTH helps")
-        if size:
-            seconds = time.monotonic() - STARTED
-            log(f"ready: {name} after {seconds:.1f} s, {size / 2**30:.1f} GiB, {share}")
+        log(f"ready: {name} after {time.monotonic() - STARTED:.1f} s, {size / 2**30:.1f} GiB, {share}")
 
     def _sweep(self, process: subprocess.Popen[bytes]) -> None:
         """Ends what is left of a server: the runners of one that was killed hold the GPU's memory."""
