@@ -106,12 +106,15 @@ TRICKLES = {
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("part", TRICKLES.values(), ids=TRICKLES)
-def test_the_limit_holds_whatever_trickles(part: Callable[[socket.socket], None], stream: bool) -> None:
+def test_the_limit_holds_whatever_trickles(
+    part: Callable[[socket.socket], None], stream: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
     with playing(part):
         started = time.monotonic()
         error = last_of(stream, seconds=0.6)["error"]
         assert "REQUEST_TIMEOUT=0.6 s" in error or "broke" in error  # http.client takes 100 headers
         assert time.monotonic() - started < 5
+    assert "status=error" in capfd.readouterr().err
 
 
 def body(content: bytes, length: int) -> bytes:
@@ -150,7 +153,7 @@ def test_what_is_garbled_is_the_servers_failure_and_tried_again(
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("part", [hang, trickle(OK + b"X-", b"x")], ids=["no byte", "half a header"])
 def test_a_stop_reaches_a_request_before_its_first_byte(
-    part: Callable[[socket.socket], None], stream: bool
+    part: Callable[[socket.socket], None], stream: bool, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with playing(part) as player:
         job = Job(
@@ -164,6 +167,7 @@ def test_a_stop_reaches_a_request_before_its_first_byte(
         thread.join(5)
         assert answers[0]["error"] == "The job was cancelled."
         assert player.hung_up.wait(5) and player.played == 1
+    assert "status=stopped" in capfd.readouterr().err
 
 
 def test_a_stop_before_the_connection_leaves_none_open() -> None:

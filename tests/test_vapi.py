@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import runpy
@@ -331,6 +332,12 @@ def test_call_id_is_the_calls_or_the_one_beside_the_message() -> None:
     assert job_for({"type": "hang"}, call_id="c-2")["call_id"] == "c-2"
     assert job_for({"type": "hang", "call": CALL}, call_id="c-2")["call_id"] == "call-1"
     assert job_for({"type": "hang", "call": {"id": 5}}, call_id=None)["call_id"] == ""
+
+
+def test_what_json_cannot_write_is_replaced() -> None:
+    call = {"id": "\udc00", "name": "nope", "arguments": math.nan}
+    done = job_for({"type": "tool-calls", "toolCallList": [call]}, call_id="c \ud83d")
+    assert (done["call_id"], done["vapi_response"]["results"][0]["toolCallId"]) == ("c ?", "?")
 
 
 types = st.sampled_from([*rp_handler.VAPI_MESSAGES, *TOLD])
