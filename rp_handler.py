@@ -36,7 +36,6 @@ import contextlib
 import functools
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import queue
@@ -80,11 +79,11 @@ if not ON_RUNPOD:
 
 def setting(name: str, default: str, read: Callable[[str], Any] | dict[str, Any], form: str) -> Any:
     """The value of environment variable `name`; one that `read` refuses or has not, or a number that is
-    not above zero, stops the start."""
+    not above zero, or above what a socket's time-out can be, stops the start."""
     text = os.environ.get(name, "").strip() or default
     try:
         value = read[text.lower()] if isinstance(read, dict) else read(text)
-        if type(value) in (int, float) and not 0 < value < math.inf:
+        if type(value) in (int, float) and not 0 < value <= 2e6:
             raise ValueError
         return value
     except (ValueError, KeyError):
@@ -111,11 +110,11 @@ os.environ["RUNPOD_LOG_LEVEL"] = setting(
 OLLAMA = setting("OLLAMA_HOST", "127.0.0.1:11434", host_and_port, "host:port, spoken to over http")
 ADDRESS = f"[{OLLAMA[0]}]:{OLLAMA[1]}" if ":" in OLLAMA[0] else f"{OLLAMA[0]}:{OLLAMA[1]}"
 MODELS = setting("MODELS", "llama3:latest qwen2.5:7b", str.split, "model names, blanks between them")
-MAX_CONCURRENCY = setting("MAX_CONCURRENCY", "8", int, "a whole number above 0")
-MAX_TOKENS = setting("MAX_TOKENS", "1024", int, "a whole number above 0")
-REQUEST_TIMEOUT = setting("REQUEST_TIMEOUT", "50", float, "seconds above 0")
-STARTUP_TIMEOUT = setting("STARTUP_TIMEOUT", "300", float, "seconds above 0")
-CONTEXT_LENGTH = setting("OLLAMA_CONTEXT_LENGTH", "4096", int, "a whole number above 0")
+MAX_CONCURRENCY = setting("MAX_CONCURRENCY", "8", int, "a whole number from 1 to 2,000,000")
+MAX_TOKENS = setting("MAX_TOKENS", "1024", int, "a whole number from 1 to 2,000,000")
+REQUEST_TIMEOUT = setting("REQUEST_TIMEOUT", "50", float, "seconds above 0, 2,000,000 at most")
+STARTUP_TIMEOUT = setting("STARTUP_TIMEOUT", "300", float, "seconds above 0, 2,000,000 at most")
+CONTEXT_LENGTH = setting("OLLAMA_CONTEXT_LENGTH", "4096", int, "a whole number from 1 to 2,000,000")
 STREAMING = setting("STREAMING", "true", {"true": True, "false": False}, "true or false")
 VAPI_ASSISTANT_ID = os.environ.get("VAPI_ASSISTANT_ID", "")
 VAPI_FIRST_MESSAGE = os.environ.get("VAPI_FIRST_MESSAGE", "Hello! How can I help you?")
@@ -208,7 +207,7 @@ def answer(job: Job) -> Iterator[Piece]:
     with job:
         try:
             yield from dispatch(job)
-            status = "success"
+            status = "stopped" if job.stopped else "success"
         except JobError as error:
             cancelled = job.stopped and error.cure != "more time"
             status, text = "stopped" if cancelled else "error", str(error)
@@ -551,7 +550,7 @@ def tool_result(name: str, arguments: Any, job: Job) -> dict[str, str]:
         tool = functools.partial(ask_model, job) if TOOLS[name] is ask_model else TOOLS[name]
         result = tool(**(arguments or {}))
         return {"result": one_line(result if isinstance(result, str) else json.dumps(result))}
-    except (Exception, SystemExit) as error:
+    except BaseException as error:  # SystemExit and CancelledError too: a job's thread must not end
         return {"error": one_line(f"{name} failed: {error}")}
 
 
@@ -633,7 +632,7 @@ def tried(job: Job, path: str, body: dict[str, Any] | None, read: Reader) -> Ite
                 yield piece
             return
         except JobError as error:
-            if error.cure == "more time" and not begun:
+            if error.cure == "more time" and not (begun or job.tokens):
                 server.suspect(model or MODELS[0])
             if begun or tries >= TRIES.get(error.cure or "", 1):
                 raise
@@ -758,8 +757,9 @@ class Server:
 
     def start(self) -> None:
         """Begins to find or start the server, in a thread, once."""
-        with self._lock, contextlib.suppress(RuntimeError):  # it has begun
-            self._keeper.start()
+        with self._lock:
+            if not self._keeper.ident:
+                self._keeper.start()
 
     def ready(self, job: Job | None = None, again: bool = False) -> None:
         """Waits until the server is up, within the job's time; `again`: after its connection broke.
@@ -810,6 +810,7 @@ class Server:
                 pause = 0.1 * 2 ** len(deaths)
                 log(f"warning: Ollama ended with {code}; it is started again in {pause:g} s")
                 time.sleep(pause)
+            self._process = None
             self.up.set()  # somebody else's
         except Exception as error:  # a defect too: whoever waits for the server must hear of it
             if self._process:
@@ -871,27 +872,30 @@ class Server:
             raise JobError(f"{none} `ollama` is not on PATH: get it from https://ollama.com/download.")
         if OLLAMA[0] not in ("localhost", "::1") and not OLLAMA[0].startswith("127."):
             raise JobError(f"{none} the worker starts one on loopback only: take 127.0.0.1:11434.")
+        given = {name: value for name, value in os.environ.items() if value}  # as Ollama sees it
         with self._lock:
             if self.stopped:
                 raise JobError("The worker ends.")
             self._process = process = subprocess.Popen(
                 ["ollama", "serve"],
-                env={**SERVER_ENVIRONMENT, **os.environ, "OLLAMA_HOST": ADDRESS},
+                env={**SERVER_ENVIRONMENT, **given, "OLLAMA_HOST": ADDRESS},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is for the worker, which lets its jobs finish first
             )
         atexit.register(self.stop)  # for who imports `handler`; the worker ends it in `end`
+        # Read, so that it never blocks. Only of a start that fails the last line is told.
+        said: collections.deque[bytes] = collections.deque(maxlen=1)
+        reader = threading.Thread(target=said.extend, args=(process.stdout,), daemon=True)
+        reader.start()
         while not answers():
             if process.poll() is not None:
                 self._sweep(process)
-                said = process.communicate()[0].decode("utf-8", "replace").strip().split("\n")
+                reader.join(5)
                 ended = f"`ollama serve` ended with {process.returncode} before it answered"
-                raise JobError(one_line(f"{ended}: {said[-1]}"))
+                raise JobError(one_line(f"{ended}: {b''.join(said).decode('utf-8', 'replace')}"))
             time.sleep(min(0.02, job.left()))
-        # Read, so that it never blocks, and kept nowhere: it may one day hold a caller's words.
-        threading.Thread(target=collections.deque, args=(process.stdout, 0), daemon=True).start()
         return process
 
     def _load(self, job: Job) -> None:
@@ -971,7 +975,6 @@ class Queue:
         self.done_url, self.stream_url = rp_http.JOB_DONE_URL, rp_http.JOB_STREAM_URL
         self.progress = worker_state.JobsProgress()  # what the SDK's pings tell
         self.tasks: dict[str, asyncio.Task[None]] = {}  # by job id: they hold the worker's places
-        self.early_stops: collections.deque[str] = collections.deque(maxlen=100)  # before their job
         self.stopping = asyncio.Event()
 
     async def serve(self) -> None:
@@ -1004,7 +1007,7 @@ class Queue:
         async for event in polled(self._take):
             if not isinstance(event, dict) or not isinstance(event.get("id"), str):
                 log("warning: a job without an id came, which cannot be answered")
-            elif event["id"] not in (*self.tasks, *self.early_stops):
+            elif event["id"] not in self.tasks:
                 self._begin(event)
 
     async def _take(self) -> Any:
@@ -1030,10 +1033,8 @@ class Queue:
     async def _hear_stops(self) -> None:
         """Cancels the jobs that were cancelled, or have run into their policy, at the platform."""
         async for job_id in polled(lambda: self.get_stop_signals(self.session)):
-            if job_id in self.tasks:
-                self.tasks[job_id].cancel()
-            else:
-                self.early_stops.append(job_id)
+            if task := self.tasks.get(job_id):
+                task.cancel()
 
     async def _run(self, job: Job) -> None:
         """Delivers what comes of a job, in order, and its result last."""
@@ -1055,6 +1056,7 @@ class Queue:
                     await self._deliver(job, f"{self.stream_url}&isStream=false", {"output": piece})
             except JobError as error:
                 if job.streamed:  # a whole object is in the result too
+                    log(f"error: a chunk could not be delivered. {error}", job)
                     result = {"error": str(error)}
                     break
         job.stop()

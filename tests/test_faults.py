@@ -83,6 +83,7 @@ def test_a_stream_whose_chunk_cannot_be_delivered_stops_and_fails(
     job = worked.endpoint.wait(worked.endpoint.run(endless), 60)
     assert job.status == "FAILED" and f"did not take what came of the job ({why})" in job.error
     assert job.taken and job.done and job.done - job.taken >= seconds, "given up too early"
+    assert f"{job.id} | error: a chunk could not be delivered. " in worked.worker.log
     eventually(lambda: worked.generations()[-1]["state"] == "closed")
 
 
@@ -123,17 +124,16 @@ def test_a_cancel_at_any_moment_gives_the_place_back() -> None:
         assert worked.ends(5) == 0
 
 
-def test_a_stop_that_comes_before_its_job_is_kept_for_it(worked: Worked) -> None:
-    stopped, other = f"stopped-{time.time()}", f"other-{time.time()}"
+def test_a_job_whose_id_was_stopped_before_runs_when_it_comes_again(worked: Worked) -> None:
+    job = f"retried-{time.time()}"
     pod, calls = worked.worker.pod, worked.endpoint.calls["job-stop"]
-    worked.endpoint.in_loop(pod.stops.append, stopped)
+    worked.endpoint.in_loop(pod.stops.append, job)
     worked.endpoint.in_loop(pod.bell.ring)
     eventually(lambda: not pod.stops)
     told = len(calls)
     eventually(lambda: len(calls) > told)  # it polls again once it has read the answer
-    worked.endpoint.offer([{"id": job, "input": {"message": "Hi"}} for job in (stopped, other)])
-    assert worked.endpoint.wait(other).status == "COMPLETED"
-    assert worked.endpoint.jobs[stopped].taken and not worked.endpoint.jobs[stopped].posts
+    worked.endpoint.offer([{"id": job, "input": {"message": "Hi"}}])
+    assert worked.endpoint.wait(job).status == "COMPLETED"
 
 
 def test_a_job_that_is_handed_over_twice_runs_once(worked: Worked) -> None:
@@ -173,6 +173,18 @@ def test_a_model_that_hangs_under_a_living_server_is_found_out(job: dict[str, An
         assert worked.endpoint.wait(waiting, 60).status == "COMPLETED", (
             "its time ran out before the server was back"
         )
+
+
+def test_a_stream_that_thinks_until_its_limit_is_no_reason_to_ask() -> None:
+    thinks = {"thinking": "word " * 4000, "interval_ms": 20}
+    thinks["capabilities"] = {"llama3:latest": ["completion", "thinking"]}
+    with working(thinks, REQUEST_TIMEOUT="1.5") as worked:
+        done = worked.endpoint.runsync({"message": "Hi", "think": True, "stream": True})
+        assert "REQUEST_TIMEOUT" in done["error"]
+        worked.control("script", tokens=["Hello"])
+        assert worked.endpoint.runsync({"message": "Hi"})["status"] == "COMPLETED"
+        paths = [seen["path"] for seen in worked.control("requests")]
+        assert paths.count("/api/generate") == 1, "more than the load"
 
 
 def test_a_server_that_is_only_slow_is_never_ended() -> None:
@@ -247,6 +259,29 @@ def test_a_server_that_fails_for_good_after_sigterm_leaves_no_job_without_an_ans
         done = worked.endpoint.status(job)
         assert done["status"] == "FAILED", worked.worker.log
         assert code == 1, (done, worked.worker.log)
+
+
+def test_a_server_of_somebody_elses_that_took_the_place_of_its_own_is_not_for_the_worker_to_end(
+    tmp_path: Path,
+) -> None:
+    other = f"{{ setsid {TESTS}/ollama serve & sleep 2; exit 1; }}"
+    with failing_later(tmp_path, other, REQUEST_TIMEOUT="1.5") as worked:
+        os.kill(worked.state()["pid"], signal.SIGKILL)
+        eventually(lambda: "ended with 1" in worked.worker.log, 20)
+        worked.control("script", hang_after=0)
+        assert "REQUEST_TIMEOUT" in worked.endpoint.runsync({"message": "Hi"})["error"]
+        worked.control("script", tokens=["Hello"])
+        done = worked.endpoint.wait(worked.endpoint.run({"message": "Hi"}))
+        os.kill(worked.state()["pid"], signal.SIGTERM)
+        assert done.status == "COMPLETED"
+
+
+def test_a_server_that_says_much_before_it_answers_does_not_block(tmp_path: Path) -> None:
+    ollama = tmp_path / "ollama"
+    ollama.write_text(f'#!/bin/sh\nhead -c 300000 /dev/zero\necho\nexec {TESTS}/ollama "$@"\n')
+    ollama.chmod(0o755)
+    with working(PATH=f"{tmp_path}:{os.environ['PATH']}", STARTUP_TIMEOUT="20") as worked:
+        assert worked.endpoint.runsync({"message": "Hi"})["status"] == "COMPLETED"
 
 
 def unhealthy(worked: Worked) -> dict[str, str]:

@@ -97,12 +97,13 @@ def test_a_server_that_does_not_start_is_told_with_its_own_words(
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("MAX_CONCURRENCY", "0", "a whole number above 0"),
-        ("MAX_CONCURRENCY", "x", "a whole number above 0"),
-        ("MAX_TOKENS", "1.5", "a whole number above 0"),
-        ("REQUEST_TIMEOUT", "-1", "seconds above 0"),
-        ("REQUEST_TIMEOUT", "nan", "seconds above 0"),
-        ("STARTUP_TIMEOUT", "inf", "seconds above 0"),
+        ("MAX_CONCURRENCY", "0", "a whole number from 1 to 2,000,000"),
+        ("MAX_CONCURRENCY", "x", "a whole number from 1 to 2,000,000"),
+        ("MAX_TOKENS", "1.5", "a whole number from 1 to 2,000,000"),
+        ("REQUEST_TIMEOUT", "-1", "seconds above 0, 2,000,000 at most"),
+        ("REQUEST_TIMEOUT", "nan", "seconds above 0, 2,000,000 at most"),
+        ("STARTUP_TIMEOUT", "inf", "seconds above 0, 2,000,000 at most"),
+        ("REQUEST_TIMEOUT", "1e10", "seconds above 0, 2,000,000 at most"),
         ("STREAMING", "maybe", "true or false"),
         ("OLLAMA_HOST", "https://example.com", "host:port, spoken to over http"),
         ("OLLAMA_HOST", "127.0.0.1:x", "host:port, spoken to over http"),
@@ -111,7 +112,7 @@ def test_a_server_that_does_not_start_is_told_with_its_own_words(
         ("OLLAMA_HOST", "a b:1", "host:port, spoken to over http"),
         ("OLLAMA_HOST", "me@host:1", "host:port, spoken to over http"),
         ("OLLAMA_HOST", "http://host/path", "host:port, spoken to over http"),
-        ("OLLAMA_CONTEXT_LENGTH", "0", "a whole number above 0"),
+        ("OLLAMA_CONTEXT_LENGTH", "0", "a whole number from 1 to 2,000,000"),
         ("RUNPOD_LOG_LEVEL", "loud", "DEBUG, INFO, WARN or ERROR"),
     ],
 )
@@ -227,7 +228,8 @@ def test_the_handler_finds_or_starts_a_server_without_main(worker_environment: d
 def test_the_server_gets_what_a_worker_needs_unless_it_is_set(
     worker_environment: dict[str, str],
 ) -> None:
-    for given, expected in [({}, "4096"), ({"OLLAMA_CONTEXT_LENGTH": "1024"}, "1024")]:
+    empty = {"OLLAMA_CONTEXT_LENGTH": "", "OLLAMA_NO_CLOUD": "", "OLLAMA_NUM_PARALLEL": ""}
+    for given, expected in [(empty, "4096"), ({"OLLAMA_CONTEXT_LENGTH": "1024"}, "1024")]:
         env = {**worker_environment, "MAX_CONCURRENCY": "3", **given}
         api = Api(env)
         try:

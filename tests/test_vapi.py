@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import math
@@ -183,11 +184,15 @@ def tools(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ended[place].set()
         return f"place {place}"
 
+    def give_up() -> str:
+        raise asyncio.CancelledError("no answer")
+
     own: dict[str, Callable[..., Any]] = {
         "echo": lambda text: f"said {text}",
         "fail": fail,
         "look_up": lambda: json.loads("<html>"),
         "leave": lambda: sys.exit("good bye"),
+        "give_up": give_up,
         "stuck": lambda: ended[0].wait(10),
         "after_the_next": after_the_next,
         "table": lambda: {"a": [1]},
@@ -227,6 +232,7 @@ def test_arguments_are_read_in_every_form(call: dict[str, Any]) -> None:
         (called("fail", {}), "fail failed: the line is dead"),
         (called("look_up", {}), "look_up failed: Expecting value: line 1"),
         (called("leave", {}), "leave failed: good bye"),
+        (called("give_up", {}), "give_up failed: no answer"),
         ({"id": "tc-1"}, "There is no tool ''"),
         ({"id": "tc-1", "function": "echo"}, "There is no tool ''"),
         (called(["x"], {}), "There is no tool ''"),  # type: ignore[arg-type]
@@ -257,6 +263,16 @@ def test_a_tool_that_is_too_slow_is_an_error_and_holds_up_no_other(
     assert fine["result"] == "said yes"
 
 
+def test_the_log_tells_that_a_job_was_cancelled_while_its_tools_ran(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = {"message": {"type": "tool-calls", "toolCallList": [called("cancel", {})]}}
+    job = rp_handler.Job({"id": "j", "input": {"type": "vapi_webhook", "webhook_data": data}})
+    monkeypatch.setattr(rp_handler, "TOOLS", {"cancel": job.stop})
+    list(rp_handler.answer(job))
+    assert "status=stopped" in capfd.readouterr().err
+
+
 def test_ask_model_is_answered_through_chat_in_one_line(ollama: Ollama) -> None:
     ollama.script(tokens=["It is\n", "noon."])
     (result,) = results(called("ask_model", {"message": "Time?"}))
@@ -280,9 +296,7 @@ def test_a_failing_model_is_an_error_of_the_call(ollama: Ollama) -> None:
     assert result["error"] == "ask_model failed: Ollama (400): no such luck"
 
 
-NO_TOOL = (
-    "There is no tool ''; there is ask_model, echo, fail, look_up, leave, stuck, after_the_next, table."
-)
+NO_TOOL = "There is no tool ''; there is ask_model, echo, fail, look_up, leave, give_up, stuck, after_the_next, table."
 
 
 @pytest.mark.usefixtures("tools")
