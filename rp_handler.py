@@ -975,7 +975,7 @@ class Queue:
         self.done_url, self.stream_url = rp_http.JOB_DONE_URL, rp_http.JOB_STREAM_URL
         self.progress = worker_state.JobsProgress()  # what the SDK's pings tell
         self.tasks: dict[str, asyncio.Task[None]] = {}  # by job id: they hold the worker's places
-        self.stopping = asyncio.Event()
+        self.stopping, self.failed = asyncio.Event(), False
 
     async def serve(self) -> None:
         """Until a signal, or a server that cannot be kept; then the jobs under way finish."""
@@ -999,9 +999,10 @@ class Queue:
             end_by_signal()
 
     def _stop(self) -> None:
-        if self.stopping.is_set() and not server.failure:  # whose signal is no second one
+        if self.stopping.is_set() and self.failed == bool(server.failure):
             end(1, "a second signal", grace=0)
         self.stopping.set()
+        self.failed = bool(server.failure)  # whose own signal is no second one
 
     async def _take_jobs(self) -> None:
         async for event in polled(self._take):

@@ -261,6 +261,18 @@ def test_a_server_that_fails_for_good_after_sigterm_leaves_no_job_without_an_ans
         assert code == 1, (done, worked.worker.log)
 
 
+def test_a_second_signal_ends_a_worker_whose_server_has_failed_for_good(tmp_path: Path) -> None:
+    with failing_later(tmp_path, "exit 1") as worked:
+        worked.control("script", first_ms=60_000)
+        worked.endpoint.run({"message": "Hi"})
+        worked.running()
+        worked.endpoint.faults("job-done", ["reset"] * 100)
+        os.kill(worked.state()["pid"], signal.SIGKILL)
+        eventually(lambda: "stopping: " in worked.worker.log)
+        worked.worker.terminate()
+        assert worked.ends(10) == 1 and "error: a second signal" in worked.worker.log
+
+
 def test_a_server_of_somebody_elses_that_took_the_place_of_its_own_is_not_for_the_worker_to_end(
     tmp_path: Path,
 ) -> None:

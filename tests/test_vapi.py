@@ -296,7 +296,10 @@ def test_a_failing_model_is_an_error_of_the_call(ollama: Ollama) -> None:
     assert result["error"] == "ask_model failed: Ollama (400): no such luck"
 
 
-NO_TOOL = "There is no tool ''; there is ask_model, echo, fail, look_up, leave, give_up, stuck, after_the_next, table."
+NO_TOOL = (
+    "There is no tool ''; there is ask_model, echo, fail, look_up, leave, give_up, stuck, "
+    "after_the_next, table."
+)
 
 
 @pytest.mark.usefixtures("tools")
