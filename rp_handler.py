@@ -465,7 +465,7 @@ def completion_frames(frames: Iterator[bytes], job: Job) -> Iterator[Piece]:
         chunk = {} if done else parsed(data)
         if chunk.get("model") == "":  # the last frame of a runner that died; no word of it else
             break
-        event = chunk.get("type", "")
+        event = str(chunk.get("type"))
         if ".delta" in event or any(not one.get("finish_reason") for one in chunk.get("choices") or []):
             job.token()
         yield frame.decode("utf-8", "replace") + "\n\n"
@@ -495,9 +495,9 @@ def vapi_webhook(job_input: dict[str, Any], job: Job) -> Iterator[Piece]:
         raise JobError(f'"webhook_data" must be VAPI\'s body, {forms}.')
     call_id = part(part(data, "message"), "call").get("id") or data.get("call_id")
     call_id = call_id if isinstance(call_id, str) else ""
-    answer = {"status": "success", "vapi_response": response, "call_id": call_id}
+    output = {"status": "success", "vapi_response": response, "call_id": call_id}
     # Without what a caller may have sent and JSON cannot write: lone surrogates, NaN.
-    text = json.dumps(answer, ensure_ascii=False).encode("utf-8", "replace")
+    text = json.dumps(output, ensure_ascii=False).encode("utf-8", "replace")
     yield json.loads(text, parse_constant=lambda _: None)
 
 
@@ -872,7 +872,7 @@ class Server:
             raise JobError(f"{none} `ollama` is not on PATH: get it from https://ollama.com/download.")
         if OLLAMA[0] not in ("localhost", "::1") and not OLLAMA[0].startswith("127."):
             raise JobError(f"{none} the worker starts one on loopback only: take 127.0.0.1:11434.")
-        given = {name: value for name, value in os.environ.items() if value}  # as Ollama sees it
+        given = {name: value for name, value in os.environ.items() if value}  # as Ollama reads them
         with self._lock:
             if self.stopped:
                 raise JobError("The worker ends.")
