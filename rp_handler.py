@@ -816,8 +816,8 @@ class Server:
             if self._process:
                 self._sweep(self._process)
                 self._process = None
-            told = isinstance(error, (JobError, OSError))
-            self.failure = str(error) if told else repr(error)
+            kind = "" if isinstance(error, JobError) else f"{type(error).__name__}: "
+            self.failure = f"{kind}{error}"
             if ON_RUNPOD and not self.stopped:
                 self.stopped = True
                 signal.pthread_kill(threading.main_thread().ident or 0, SIGNALS[0])  # `end_by_signal`
@@ -838,10 +838,7 @@ class Server:
             if error.cure == "more time":
                 log("warning: Ollama, or a runner of a model, hangs and is killed")
                 process.kill()
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(10)
-                    return
-                raise JobError("Ollama hangs and cannot be killed.") from None
+                process.wait(10)  # TimeoutExpired: it cannot be killed, and the worker has failed
         if process.poll() is None:
             self.up.set()
 
