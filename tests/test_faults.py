@@ -276,7 +276,8 @@ def test_a_second_signal_ends_a_worker_whose_server_has_failed_for_good(tmp_path
 def test_a_server_of_somebody_elses_that_took_the_place_of_its_own_is_not_for_the_worker_to_end(
     tmp_path: Path,
 ) -> None:
-    other = f"{{ setsid {TESTS}/ollama serve & sleep 2; exit 1; }}"
+    listed = f"until {TESTS}/ollama list; do sleep 0.1; done"
+    other = f"{{ setsid {TESTS}/ollama serve & {listed}; sleep 1; exit 1; }}"
     with failing_later(tmp_path, other, REQUEST_TIMEOUT="1.5") as worked:
         os.kill(worked.state()["pid"], signal.SIGKILL)
         eventually(lambda: "ended with 1" in worked.worker.log, 20)
