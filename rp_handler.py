@@ -38,7 +38,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import queue
 import re
 import shutil
 import signal
@@ -220,8 +219,7 @@ def answer(job: Job) -> Iterator[Piece]:
             where = f"{type(error).__name__} in line {line}"
             log(f"defect: {where}", job)
             text = f"The worker failed on this job ({where}); please report it."
-        finally:
-            log_job(job, status)
+    log_job(job, status)
     if text:
         yield {"error": one_line(text)[:2000], "status": "error"}
 
@@ -749,7 +747,7 @@ class Server:
     def __init__(self) -> None:
         self.up = threading.Event()
         self.failure = ""
-        self.suspects: queue.SimpleQueue[str] = queue.SimpleQueue()  # models
+        self.suspected = ""  # the model of a job that ran into its limit without a byte
         self.stopped = False
         self._process: subprocess.Popen[bytes] | None = None  # of its own
         self._keeper = threading.Thread(target=self._keep, daemon=True)
@@ -776,8 +774,8 @@ class Server:
     def suspect(self, model: str) -> None:
         """A job ran into its limit without a byte: no job is taken until it is known what that was."""
         if self._process and self.up.is_set():
+            self.suspected = model
             self.up.clear()
-            self.suspects.put(model)
 
     def stop(self, grace: float = 5) -> None:
         """Ends the server that the worker started: asks it, and after `grace` s ends it by force."""
@@ -796,8 +794,9 @@ class Server:
             while process := self._begin():
                 self.up.set()
                 while process.poll() is None:
-                    with contextlib.suppress(queue.Empty):
-                        self._examine(process, self.suspects.get(timeout=0.05))
+                    time.sleep(0.05)
+                    if not self.up.is_set():  # a job suspects it
+                        self._examine(process, self.suspected)
                 self.up.clear()
                 self._sweep(process)
                 if self.stopped:
@@ -813,13 +812,11 @@ class Server:
             self._process = None
             self.up.set()  # somebody else's
         except Exception as error:  # a defect too: whoever waits for the server must hear of it
-            if self._process:
-                self._sweep(self._process)
-                self._process = None
+            asked_to = self.stopped
+            self.stop(grace=0)
             kind = "" if isinstance(error, JobError) else f"{type(error).__name__}: "
             self.failure = f"{kind}{error}"
-            if ON_RUNPOD and not self.stopped:
-                self.stopped = True
+            if ON_RUNPOD and not asked_to:
                 signal.pthread_kill(threading.main_thread().ident or 0, SIGNALS[0])  # `end_by_signal`
 
     def _examine(self, process: subprocess.Popen[bytes], model: str) -> None:
@@ -1192,10 +1189,8 @@ def main() -> None:
         end(1, f"This worker needs runpod>=1.12,<1.13. {error}")
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
-    # Registered from within a first check it runs last: the SDK's own run beside the load. A server that
-    # fails is no check's failure but a signal, whatever the SDK waits for.
-    register = runpod.serverless.register_fitness_check
-    register(lambda: register(server.up.wait))
+    # The SDK's own checks run beside the load, for which the queue waits. A server that fails is no
+    # check's failure but a signal, whatever the SDK waits for.
     try:  # the SDK would end in a traceback, or take another job instead
         json.loads(given.test_input or '{"input": {}}')["input"]
     except (ValueError, TypeError, KeyError):
