@@ -22,7 +22,7 @@ Who runs at the same time:
     a thread a job     runs `answer`, the sync core; `bridge` hands its pieces to the loop. It owns its
                        Job, which any thread may `stop`; tools of a VAPI message have threads beside it.
     the keeper         a thread that finds or starts, loads and watches `ollama serve`. It owns Server's
-                       state; jobs wait for its `up` or `failure`, and a signal tells the main thread.
+                       state; jobs wait for `up` or `failure`, and clear `up` where they suspect it.
     other processes    `ollama serve`, its runner for each loaded model, and the SDK's pings.
 Each request to Ollama has a connection of its own: to shut its socket ends the generation.
 """
@@ -351,7 +351,7 @@ def chat_pieces(lines: Iterator[bytes], job: Job) -> Iterator[Piece]:
         **({"tool_calls": calls} if calls else {}),
         "model": chunk.get("model", ""),
         "usage": {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written},
-        "timings": {name: chunk.get(f"{part}_duration", 0) / 1e9 for name, part in times.items()},  # ns
+        "timings": {name: chunk.get(f"{what}_duration", 0) / 1e9 for name, what in times.items()},  # ns
     }
 
 
@@ -359,8 +359,8 @@ def model_name(name: Any) -> str:
     """The model to use: the first of MODELS where a job names none. No path, URL or cloud model."""
     if name in (None, ""):
         return MODELS[0]
-    part = r"[A-Za-z0-9][\w.-]*"
-    if not isinstance(name, str) or not re.fullmatch(rf"({part}/){{0,2}}{part}(:{part})?", name, re.A):
+    word = r"[A-Za-z0-9][\w.-]*"
+    if not isinstance(name, str) or not re.fullmatch(rf"({word}/){{0,2}}{word}(:{word})?", name, re.A):
         raise JobError(f'"model" must be a model\'s name, such as {MODELS[0]!r}, not {shown(name)}.')
     if name.endswith(("-cloud", ":cloud")):  # Ollama would send the prompt to ollama.com
         raise JobError(f"{shown(name)} is a cloud model; this worker answers with its own models only.")
@@ -1189,8 +1189,10 @@ def main() -> None:
         end(1, f"This worker needs runpod>=1.12,<1.13. {error}")
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
-    # The SDK's own checks run beside the load, for which the queue waits. A server that fails is no
-    # check's failure but a signal, whatever the SDK waits for.
+    # Registered from within a first check it runs last: the SDK's own run beside the load, and its pings
+    # begin after it. A server that fails is no check's failure but a signal, whatever the SDK waits for.
+    register = runpod.serverless.register_fitness_check
+    register(lambda: register(server.up.wait))
     try:  # the SDK would end in a traceback, or take another job instead
         json.loads(given.test_input or '{"input": {}}')["input"]
     except (ValueError, TypeError, KeyError):
