@@ -78,7 +78,7 @@ if not ON_RUNPOD:
 
 def setting(name: str, default: str, read: Callable[[str], Any] | dict[str, Any], form: str) -> Any:
     """The value of environment variable `name`; one that `read` refuses or has not, or a number that is
-    not above zero, or above what a socket's time-out can be, stops the start."""
+    not above zero, or over 2,000,000 (a socket's time-out takes little more), stops the start."""
     text = os.environ.get(name, "").strip() or default
     try:
         value = read[text.lower()] if isinstance(read, dict) else read(text)
@@ -616,7 +616,7 @@ if VAPI_TRANSFER_NUMBER:
 
 TRIES = {"new runner": 2, "free place": 3}
 BROKEN_OFF = "Ollama's answer broke off before its end; try again."
-Reader = Callable[[Iterator[bytes], Job], Iterator[Piece]]  # of the lines of Ollama's answer
+Reader = Callable[[Iterator[bytes], Job], Iterator[Piece]]  # of the lines, or frames, of an answer
 
 
 def tried(job: Job, path: str, body: dict[str, Any] | None, read: Reader) -> Iterator[Piece]:
@@ -879,7 +879,8 @@ class Server:
                 start_new_session=True,  # Ctrl-C is for the worker, which lets its jobs finish first
             )
         atexit.register(self.stop)  # for who imports `handler`; the worker ends it in `end`
-        # Read, so that it never blocks. Only of a start that fails the last line is told.
+        # Read, so that it never blocks. One line is kept, and told only of a start that fails: what a
+        # server says later may hold a caller's words.
         said: collections.deque[bytes] = collections.deque(maxlen=1)
         reader = threading.Thread(target=said.extend, args=(process.stdout,), daemon=True)
         reader.start()
@@ -996,7 +997,7 @@ class Queue:
         if self.stopping.is_set() and self.failed == bool(server.failure):
             end(1, "a second signal", grace=0)
         self.stopping.set()
-        self.failed = bool(server.failure)  # whose own signal is no second one
+        self.failed = bool(server.failure)  # the keeper's own signal, after one, is no second one
 
     async def _take_jobs(self) -> None:
         async for event in polled(self._take):
@@ -1042,7 +1043,7 @@ class Queue:
             if isinstance(piece, dict) and piece.get("error"):
                 result = {"error": piece["error"]}
                 break
-            if job.kind == "chat" and isinstance(piece, str):
+            if job.kind == "chat" and isinstance(piece, str):  # the OpenAI route's frames leave as texts
                 piece = {"response": piece}
             pieces.append(piece)
             result = {"output": pieces if STREAMING else piece}
