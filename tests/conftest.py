@@ -30,12 +30,16 @@ TESTS = Path(__file__).parent
 WORKER = [sys.executable, str(PROJECT / "rp_handler.py")]
 
 
+# Below the ports that the kernel gives to outgoing connections; of pytest's two processes, one has
+# the even and one the odd ones, and none is given twice: a port stays free until its server starts.
+ODD = os.environ.get("PYTEST_XDIST_WORKER") == "gw1"
+PORTS = iter(random.sample(range(20_000 + ODD, 32_000, 2), 6_000))
+
+
 def free_port() -> int:
-    """A port below those that the kernel gives to outgoing connections: nobody takes it meanwhile."""
     while True:
-        port = random.randint(20_000, 32_000)
         with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind(("127.0.0.1", port))
+            probe.bind(("127.0.0.1", port := next(PORTS)))
             return port
 
 

@@ -172,7 +172,7 @@ def test_text_completions_stream_and_do_not(target: Target) -> None:
 @pytest.mark.parametrize("name", [pytest.param("target", marks=pytest.mark.live), "real"])
 def test_responses_stream_and_do_not(name: str, request: pytest.FixtureRequest) -> None:
     target: Target = request.getfixturevalue(name)
-    ask = {"model": target.model, "input": "Say hello.", "max_output_tokens": 40}
+    ask = {"model": target.model, "input": "Say hello.", "temperature": 0, "max_output_tokens": 40}
     done = target.openai.responses.create(**ask)
     assert done.status == "completed" and done.output_text.strip()
     assert done.usage.total_tokens == done.usage.input_tokens + done.usage.output_tokens

@@ -28,6 +28,7 @@ from typing import Any
 import psutil
 import pytest
 import requests
+from conftest import eventually, free_port
 
 OLLAMA = Path(__file__).parent / "ollama"
 REAL_HOST = os.environ.get("OLLAMA_TEST_HOST")
@@ -48,15 +49,6 @@ stand_in_only = pytest.mark.skipif(
 # ---------------------------------------------------------------------------------------------
 # Servers
 # ---------------------------------------------------------------------------------------------
-
-
-def eventually(check: Callable[[], Any], seconds: float = 10) -> Any:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if value := check():
-            return value
-        time.sleep(0.01)
-    raise AssertionError("not in time")
 
 
 class Server:
@@ -97,12 +89,6 @@ class Server:
             return answers[0]
 
         return answer
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager
@@ -225,8 +211,10 @@ METRICS += ["eval_duration"]
 
 
 def test_chat_answers_one_object_with_counts(server: Server, model: str) -> None:
-    body = {"model": model, "messages": HELLO, "stream": False, "options": {"stop": ["!", ".", "?"]}}
-    response = server.post(CHAT, body)
+    options = {"temperature": 0, "stop": ["!", ".", "?"]}
+    response = server.post(
+        CHAT, {"model": model, "messages": HELLO, "stream": False, "options": options}
+    )
     answer = response.json()
     assert response.headers["content-type"] == "application/json; charset=utf-8"
     assert list(answer) == ["model", "created_at", "message", "done", "done_reason", *METRICS]
@@ -237,7 +225,7 @@ def test_chat_answers_one_object_with_counts(server: Server, model: str) -> None
 
 
 def test_chat_streams_a_line_per_token(server: Server, model: str) -> None:
-    body = {"model": model, "messages": STORY, "options": {"num_predict": 5}}
+    body = {"model": model, "messages": STORY, "options": {"temperature": 0, "num_predict": 5}}
     response = server.post(CHAT, body)
     *tokens, last = lines(response)
     assert response.headers["content-type"] == "application/x-ndjson"
@@ -250,7 +238,8 @@ def test_chat_streams_a_line_per_token(server: Server, model: str) -> None:
 
 
 def test_v1_chat_answers_one_object_with_usage(server: Server, model: str) -> None:
-    response = server.post(V1, {"model": model, "messages": HELLO, "stop": ["!", ".", "?"]})
+    body = {"model": model, "messages": HELLO, "temperature": 0, "stop": ["!", ".", "?"]}
+    response = server.post(V1, body)
     answer = response.json()
     assert response.headers["content-type"] == "application/json"
     assert list(answer) == ["id", "object", "created", "model", "system_fingerprint", "choices", "usage"]
@@ -274,7 +263,7 @@ def test_the_role_developer_vanishes_in_the_template(server: Server, model: str)
 
 @pytest.mark.parametrize("asked", [False, True], ids=["plain", "include_usage"])
 def test_v1_chat_streams_events_to_done(server: Server, model: str, asked: bool) -> None:
-    body = {"model": model, "messages": STORY, "max_tokens": 4, "stream": True}
+    body = {"model": model, "messages": STORY, "temperature": 0, "max_tokens": 4, "stream": True}
     response = server.post(
         V1, {**body, **({"stream_options": {"include_usage": True}} if asked else {})}
     )
@@ -295,7 +284,7 @@ def test_v1_chat_streams_events_to_done(server: Server, model: str, asked: bool)
 
 
 def test_v1_completions_answers_and_streams_text(server: Server, model: str) -> None:
-    body = {"model": model, "prompt": "Tell me a long story", "max_tokens": 4}
+    body = {"model": model, "prompt": "Tell me a long story", "temperature": 0, "max_tokens": 4}
     answer = server.post(COMPLETIONS, body).json()
     assert answer["object"] == "text_completion" and answer["usage"]["completion_tokens"] == 4
     assert list(answer["choices"][0]) == ["text", "index", "finish_reason"]
@@ -339,8 +328,8 @@ def test_v1_responses_answers_an_object_with_a_message(server: Server, model: st
 
 
 def test_v1_responses_streams_named_events(server: Server, model: str) -> None:
-    body = {"model": model, "input": "Tell me a long story.", "max_output_tokens": 4, "stream": True}
-    response = server.post(RESPONSES, body)
+    sent = {"temperature": 0, "max_output_tokens": 4, "stream": True}
+    response = server.post(RESPONSES, {"model": model, "input": "Tell me a long story.", **sent})
     assert response.headers["content-type"] == "text/event-stream"
     told = events(response)
     created, started, added, opened, *deltas, text, part, item, completed = told
@@ -414,7 +403,8 @@ def test_v1_responses_without_input_loads(server: Server, model: str, nothing: d
 
 
 def test_generate_streams_responses(server: Server, model: str) -> None:
-    body = {"model": model, "prompt": "Tell me a long story", "options": {"num_predict": 4}}
+    options = {"temperature": 0, "num_predict": 4}
+    body = {"model": model, "prompt": "Tell me a long story", "options": options}
     *tokens, last = lines(server.post(GENERATE, body))
     assert all(list(token) == ["model", "created_at", "response", "done"] for token in tokens)
     assert (last["response"], last["done_reason"], last["eval_count"]) == ("", "length", 4)
