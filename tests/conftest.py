@@ -141,18 +141,31 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
-@pytest.fixture
-def worker_environment(store: str) -> dict[str, str]:
-    """The environment of a worker process that has to start a server of its own."""
-    own = {"OLLAMA_HOST": f"127.0.0.1:{free_port()}", "OLLAMA_MODELS": store, "REQUEST_TIMEOUT": "50"}
-    return {**os.environ, **own}
-
-
-def processes_at(host: str) -> list[str]:
+def processes_at(host: str, name: str = "ollama") -> list[psutil.Process]:
     """What is left of a server at `host`: a serve process or a runner knows it from its environment."""
     left = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.environ().get("OLLAMA_HOST") == host and "ollama" in " ".join(process.cmdline()):
-                left.append(f"{process.pid} {process.cmdline()}")
+            if process.environ().get("OLLAMA_HOST") == host and name in " ".join(process.cmdline()):
+                left.append(process)
     return left
+
+
+@contextlib.contextmanager
+def own_host() -> Iterator[str]:
+    """Where a worker starts a server of its own. When a test fails, the worker may have to be
+    killed and leaves that server: nothing at this address outlives the block."""
+    host = f"127.0.0.1:{free_port()}"
+    try:
+        yield host
+    finally:
+        for process in processes_at(host, name=""):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+@pytest.fixture
+def worker_environment(store: str) -> Iterator[dict[str, str]]:
+    """The environment of a worker process that has to start a server of its own."""
+    with own_host() as host:
+        yield {**os.environ, "OLLAMA_HOST": host, "OLLAMA_MODELS": store, "REQUEST_TIMEOUT": "50"}

@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 import pytest
 import requests
-from conftest import TESTS, WORKER, eventually, free_port
+from conftest import TESTS, WORKER, eventually, own_host
 from endpoint import HANDLER, Endpoint, Job
 from test_life import ENDLESS, MODEL, STREAM, Worked, working
 
@@ -482,8 +482,7 @@ def test_a_signal_while_the_model_loads_is_no_error(signum: signal.Signals) -> N
 
 
 def test_a_death_of_the_server_leaves_no_zombie_where_the_worker_is_the_first_process() -> None:
-    host = f"127.0.0.1:{free_port()}"
-    with Endpoint(poll=1) as endpoint:
+    with own_host() as host, Endpoint(poll=1) as endpoint:
         script = (  # one that adopts orphans, as the first process does: PR_SET_CHILD_SUBREAPER
             "import ctypes, runpy, sys; ctypes.CDLL(None).prctl(36, 1); "
             f"sys.argv = ['rp_handler.py']; runpy.run_path({str(HANDLER)!r}, run_name='__main__')"

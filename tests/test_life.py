@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import requests
-from conftest import eventually, free_port, processes_at
+from conftest import eventually, free_port, own_host, processes_at
 from endpoint import Endpoint, Worker
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -63,14 +63,16 @@ class Worked:
 def working(
     script: dict[str, Any] | None = None, ready: bool = True, **environment: str
 ) -> Iterator[Worked]:
-    host = f"127.0.0.1:{free_port()}"
     env = {
-        "OLLAMA_HOST": host,
         "OLLAMA_SCRIPT": json.dumps({**MODEL, **(script or {})}),
         "REQUEST_TIMEOUT": "20",
         **environment,
     }
-    with Endpoint(poll=1) as endpoint, endpoint.worker(env=env) as worker:
+    with (
+        own_host() as host,
+        Endpoint(poll=1) as endpoint,
+        endpoint.worker(env={"OLLAMA_HOST": host, **env}) as worker,
+    ):
         if ready:
             worker.wait_ready()
         yield Worked(endpoint, worker, host)

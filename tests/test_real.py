@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 import requests
-from conftest import eventually, free_port, processes_at
+from conftest import eventually, own_host, processes_at
 from endpoint import Endpoint
 from test_ollama_api import (
     CHAT,
@@ -234,10 +234,13 @@ def test_a_killed_runner_and_a_killed_server_come_back(sides: Sides) -> None:
     if not sides.ollama.process:
         pytest.skip("OLLAMA_TEST_HOST=start: a server to kill")
     started = psutil.Process(sides.ollama.process.pid).environ()
-    host = f"127.0.0.1:{free_port()}"
     env = {name: started[name] for name in ("PATH", "OLLAMA_MODELS")}
-    env |= {**SLOW, "OLLAMA_NOPRUNE": "1", "OLLAMA_HOST": host, "MODELS": next(iter(sides.models))}
-    with Endpoint(poll=1) as endpoint, endpoint.worker(env=env) as worker:
+    env |= {**SLOW, "OLLAMA_NOPRUNE": "1", "MODELS": next(iter(sides.models))}
+    with (
+        own_host() as host,
+        Endpoint(poll=1) as endpoint,
+        endpoint.worker(env={**env, "OLLAMA_HOST": host}) as worker,
+    ):
 
         def server() -> psutil.Process:
             children = psutil.Process(worker.pid).children()
@@ -254,4 +257,5 @@ def test_a_killed_runner_and_a_killed_server_come_back(sides: Sides) -> None:
         killed.kill()
         assert endpoint.runsync(SHORT, timeout=120)["status"] == "COMPLETED"
         assert server().pid != killed.pid
-    eventually(lambda: processes_at(host) == [])
+        worker.stop()
+        eventually(lambda: processes_at(host) == [])

@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import PROJECT, Ollama, eventually, free_port
+from conftest import PROJECT, Ollama, eventually, own_host
 from endpoint import HANDLER, Endpoint, Worker
 
 ORDINARY = """
@@ -156,10 +156,9 @@ def test_a_name_that_a_newer_sdk_lacks_is_told_in_one_line(tmp_path: Path) -> No
     source = PROJECT / "rp_handler.py"
     (tmp_path / "rp_handler.py").write_text(source.read_text().replace("get_stop_signals", "hear_stops"))
     with (
+        own_host() as host,
         Endpoint() as endpoint,
-        endpoint.worker(
-            env={"OLLAMA_HOST": f"127.0.0.1:{free_port()}"}, script=tmp_path / "rp_handler.py"
-        ) as worker,
+        endpoint.worker(env={"OLLAMA_HOST": host}, script=tmp_path / "rp_handler.py") as worker,
     ):
         assert worker.process.wait(30) == 1
         (line,) = [line for line in worker.log.splitlines() if line.startswith("error: ")]
