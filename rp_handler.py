@@ -882,7 +882,12 @@ class Server:
         # Read, so that it never blocks. One line is kept, and told only of a start that fails: what a
         # server says later may hold a caller's words.
         said: collections.deque[bytes] = collections.deque(maxlen=1)
-        reader = threading.Thread(target=said.extend, args=(process.stdout,), daemon=True)
+
+        def read(output: Any) -> None:
+            with output:  # `process` can stay for long: urllib3's errors are cycles, with our frames
+                said.extend(output)
+
+        reader = threading.Thread(target=read, args=(process.stdout,), daemon=True)
         reader.start()
         while not answers():
             if process.poll() is not None:

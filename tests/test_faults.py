@@ -481,18 +481,26 @@ def test_a_signal_while_the_model_loads_is_no_error(signum: signal.Signals) -> N
         assert "error" not in worked.worker.log and "Traceback" not in worked.worker.log
 
 
-def test_a_death_of_the_server_leaves_no_zombie_where_the_worker_is_the_first_process() -> None:
+def test_a_death_of_the_server_leaves_no_zombie_and_no_open_file() -> None:
     with own_host() as host, Endpoint(poll=1) as endpoint:
-        script = (  # one that adopts orphans, as the first process does: PR_SET_CHILD_SUBREAPER
-            "import ctypes, runpy, sys; ctypes.CDLL(None).prctl(36, 1); "
+        # One that adopts orphans, as the first process does (PR_SET_CHILD_SUBREAPER), and whose files
+        # are not closed by the garbage collector's luck.
+        script = (
+            "import ctypes, gc, runpy, sys; ctypes.CDLL(None).prctl(36, 1); gc.disable(); "
             f"sys.argv = ['rp_handler.py']; runpy.run_path({str(HANDLER)!r}, run_name='__main__')"
         )
         env = {"OLLAMA_HOST": host, "OLLAMA_SCRIPT": json.dumps(MODEL)}
         with endpoint.worker(env=env, args=[script], script="-c") as worker:
             worker.wait_ready()
-            worked = Worked(endpoint, worker, host)
+            worked, process = Worked(endpoint, worker, host), psutil.Process(worker.pid)
+
+            def files() -> int:
+                return process.num_fds() - len(process.net_connections())
+
+            before = files()
             for restarts in (1, 2):
                 worked.kill_server()
                 eventually(lambda: worker.log.count("ready:") == 1 + restarts)  # noqa: B023
-            children = psutil.Process(worker.pid).children(recursive=True)
+            children = process.children(recursive=True)
             eventually(lambda: all(child.status() != psutil.STATUS_ZOMBIE for child in children))
+            eventually(lambda: files() == before)
