@@ -23,6 +23,7 @@ Who runs at the same time:
                        Job, which any thread may `stop`; tools of a VAPI message have threads beside it.
     the keeper         a thread that finds or starts, loads and watches `ollama serve`. It owns Server's
                        state; jobs wait for `up` or `failure`, and clear `up` where they suspect it.
+    other threads      each Job's timer, which stops it at its limit, and the reader of Ollama's output.
     other processes    `ollama serve`, its runner for each loaded model, and the SDK's pings.
 Each request to Ollama has a connection of its own: to shut its socket ends the generation.
 """
@@ -884,7 +885,7 @@ class Server:
         said: collections.deque[bytes] = collections.deque(maxlen=1)
 
         def read(output: Any) -> None:
-            with output:  # `process` can stay for long: urllib3's errors are cycles, with our frames
+            with output:  # `process` may stay for long: urllib3's errors are cycles that hold our frames
                 said.extend(output)
 
         reader = threading.Thread(target=read, args=(process.stdout,), daemon=True)

@@ -142,7 +142,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def processes_at(host: str, name: str = "ollama") -> list[psutil.Process]:
-    """What is left of a server at `host`: a serve process or a runner knows it from its environment."""
+    """What runs at `host`, as it knows from its environment: of Ollama, or with a `name` of "" all,
+    the worker among it."""
     left = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):

@@ -280,15 +280,12 @@ def test_a_server_of_somebody_elses_that_took_the_place_of_its_own_is_not_for_th
     other = f"{{ setsid {TESTS}/ollama serve & {listed}; sleep 1; exit 1; }}"
     with failing_later(tmp_path, other, REQUEST_TIMEOUT="1.5") as worked:
         os.kill(worked.state()["pid"], signal.SIGKILL)
-        try:
-            eventually(lambda: "ended with 1" in worked.worker.log, 20)
-            worked.control("script", hang_after=0)
-            assert "REQUEST_TIMEOUT" in worked.endpoint.runsync({"message": "Hi"})["error"]
-            worked.control("script", tokens=["Hello"])
-            done = worked.endpoint.wait(worked.endpoint.run({"message": "Hi"}))
-            assert done.status == "COMPLETED"
-        finally:
-            os.kill(worked.state()["pid"], signal.SIGTERM)
+        eventually(lambda: "ended with 1" in worked.worker.log, 20)
+        worked.control("script", hang_after=0)
+        assert "REQUEST_TIMEOUT" in worked.endpoint.runsync({"message": "Hi"})["error"]
+        worked.control("script", tokens=["Hello"])
+        done = worked.endpoint.wait(worked.endpoint.run({"message": "Hi"}))
+        assert done.status == "COMPLETED"
 
 
 def test_a_server_that_says_much_before_it_answers_does_not_block(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import requests
-from conftest import eventually, free_port, own_host, processes_at
+from conftest import eventually, own_host, processes_at
 from endpoint import Endpoint, Worker
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -356,12 +356,11 @@ def test_bad_input_gets_one_answer_and_leaves_no_trace(steady: Worked, job: Any,
 
 
 def test_ollama_listens_on_loopback_only_even_where_its_image_says_otherwise() -> None:
-    port = free_port()
-    with working(OLLAMA_HOST=f"0.0.0.0:{port}") as worked:
-        worked.host = f"127.0.0.1:{port}"
+    with own_host() as host, working(OLLAMA_HOST=host.replace("127.0.0.1", "0.0.0.0")) as worked:
+        worked.host = host
         listening = [
             connection.laddr
             for connection in psutil.Process(worked.state()["pid"]).net_connections("tcp")
             if connection.status == psutil.CONN_LISTEN
         ]
-        assert [(address.ip, address.port) for address in listening] == [("127.0.0.1", port)]
+        assert [f"{address.ip}:{address.port}" for address in listening] == [host]
